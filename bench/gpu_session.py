@@ -1,0 +1,125 @@
+"""One limited session on a GPU machine, from a checkout that is not installed: ``python3 bench/gpu_session.py``.
+
+Builds the compiled AdamW, runs the tests that need a GPU, then the benchmarks in order of importance, each in its own
+process and with what is left of the time.  Everything is written as it goes to --out ($OUT, or bench/results):
+session.log, <gpu>.csv and a trace.  Prints a short table last.  ``--stages`` chooses; ``--minutes`` is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not bench/: its files must not shadow other modules
+sys.path.insert(1, str(ROOT / "kernels"))
+
+TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "8"]  # on CUDA every kernel test runs compiled
+# name -> (the most seconds it may take, command); in order of importance
+STAGES: dict[str, tuple[float, list[str]]] = {
+    "build": (150, ["setup.py", "-q", "build_ext", "--inplace"]),
+    "tests": (200, [*TESTS, "tests/kernels", "tests/optim", "--ignore=tests/kernels/test_offline_compile.py"]),
+    "ops": (240, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
+    "step": (400, ["-m", "bench.run", "step"]),
+    "schedule_overhead": (120, ["-m", "bench.run", "schedule_overhead"]),
+    "profile": (120, ["-m", "bench.profile_step"]),
+    "block": (90, ["-m", "bench.run", "block"]),
+    "memory": (150, ["-m", "bench.run", "memory"]),
+    "sampling": (200, ["-m", "bench.run", "sampling"]),
+    "probe": (100, ["-m", "bench.run", "probe"]),
+    "data": (90, ["-m", "bench.run", "data"]),
+    "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
+}
+SPARE = 15.0  # seconds kept for the table
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
+
+
+def command_of(stage: str, seconds: float, out: Path, rounds: int) -> list[str]:
+    """The stage's command line, with its own deadline where it has one."""
+    command = [sys.executable, *STAGES[stage][1]]
+    if "bench.run" in command:
+        command += ["--minutes", f"{0.85 * seconds / 60:.2f}", "--results", str(out), "--rounds", str(rounds)]
+        command += ["--record"]
+    if "bench.profile_step" in command:
+        command += ["--results", str(out), "--out", str(out / "profile"), "--record"]
+    return command
+
+
+def run_stage(stage: str, seconds: float, out: Path, rounds: int) -> str:
+    """Run one stage; what it prints goes to session.log, and its results to the screen.  Returns how it ended."""
+    start = time.monotonic()
+    print(f"=== {stage} (at most {seconds:.0f} s)", flush=True)
+    log = out / "session.log"  # one file, to bring back from the GPU machine
+    before = log.stat().st_size if log.exists() else 0
+    with open(log, "a") as stream:
+        process = subprocess.Popen(
+            command_of(stage, seconds, out, rounds),
+            cwd=ROOT,
+            env=environment(),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code = process.wait(seconds)
+            ended = "ok" if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            ended = "out of time"
+    lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
+    shown = [line[:230] for line in lines if line.startswith(("  ", "FAILED", "ERROR", "E  ")) or "passed" in line]
+    print("\n".join((shown or lines)[-60:]), flush=True)
+    print(f"=== {stage}: {ended}, {time.monotonic() - start:.0f} s", flush=True)
+    return ended
+
+
+def table(out: Path) -> list[str]:
+    """The results in few columns."""
+    from bench.harness import read_rows
+
+    lines = []
+    for path in sorted(out.glob("*.csv")):
+        for row in read_rows(path):
+            share = f"{row.share:6.1%}" if row.share is not None else "      "
+            rate = f"{row.images_per_s:7.0f} img/s" if row.images_per_s else ""
+            what = f"{row.subject} {row.case} {row.variant} {row.shape} {row.dtype}"
+            lines.append(f"{row.ms:10.4f} ms {share} {rate:13s} {what[:110]}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    top = argparse.ArgumentParser(description=__doc__)
+    top.add_argument("--minutes", type=float, default=9.0, help="the whole session's limit (default 9)")
+    top.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES)}")
+    top.add_argument("--rounds", type=int, default=20)
+    top.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
+    chosen = top.parse_args(argv)
+    stages = [name for name in chosen.stages.split(",") if name]
+    for name in stages:
+        if name not in STAGES:
+            top.error(f"no stage {name!r}: choose from {', '.join(STAGES)}")
+    end = time.monotonic() + 60 * chosen.minutes - SPARE
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    ended = {}
+    for name in stages:
+        left = end - time.monotonic()
+        if left < 20:
+            ended[name] = "no time left"
+            continue
+        ended[name] = run_stage(name, min(left, STAGES[name][0]), chosen.out, chosen.rounds)
+    print("\n".join(table(chosen.out)[-70:]))
+    print("; ".join(f"{name}: {how}" for name, how in ended.items()))
+    return 0 if all(how == "ok" for how in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

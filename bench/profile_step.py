@@ -1,0 +1,97 @@
+"""``make profile``: a trace of training steps (chrome://tracing), and a table of device time by category.
+
+Its rows (subject ``profile``) are what the step-time breakdown is drawn from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.harness import RESULTS, Bench, Summary, device_name, write_rows
+from bench.subjects.step import build
+from bench.workload import VARIANTS, learned_schedule
+
+# the first pattern that is found in a kernel's name decides
+CATEGORIES = (
+    ("attention", r"flash|fmha|sdpa|attention|fa4"),
+    ("optimizer", r"fastasync::|multi_tensor|adam|norm_kernel|update_kernel|advance_kernel|AdamW|foreach"),
+    ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|_scaled_mm|::(add)?mm$|convolution|::bmm"),
+    ("copies", r"memcpy|memset"),
+    ("element-wise", r"triton_|elementwise|_forward_kernel|_backward_kernel|reduce|vectorized|_kernel|aten::|Backward"),
+)
+
+
+def category(name: str) -> str:
+    """Which kind of work a kernel (on a CPU: an operator) is, by its name."""
+    return next((kind for kind, pattern in CATEGORIES if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def by_category(events: Sequence[tuple[str, float]], steps: int) -> dict[str, float]:
+    """Milliseconds a step of each category, from (name, microseconds) of every event."""
+    totals = dict.fromkeys([kind for kind, _ in CATEGORIES] + ["other"], 0.0)
+    for name, microseconds in events:
+        totals[category(name)] += microseconds / 1e3 / steps
+    return totals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    top = argparse.ArgumentParser(prog="bench.profile_step", description=__doc__)
+    cuda = torch.cuda.is_available()
+    top.add_argument("--size", default="XL" if cuda else "tiny", help="XL, L, B, S, cifar10 or tiny")
+    top.add_argument("--batch", type=int, default=256 if cuda else 8)
+    top.add_argument("--variant", choices=VARIANTS, default="ours regional" if cuda else "ours eager")
+    top.add_argument("--steps", type=int, default=3)
+    top.add_argument("--out", type=Path, default=Path("runs/profile"))
+    top.add_argument("--results", type=Path, default=RESULTS)
+    top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")
+    chosen = top.parse_args(argv)
+    device = torch.device("cuda" if cuda else "cpu")
+    bench = Bench(device, rounds=1)
+    works = build(bench, "profile", chosen.size, chosen.batch, (chosen.variant,))
+    if not works:
+        return 1
+    (work,) = works.values()
+    schedule = learned_schedule(work.config)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=activities) as profiled:
+        for _ in range(chosen.steps):
+            work.step(schedule)
+        bench.synchronize()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    trace = chosen.out / f"{chosen.size}-{chosen.variant.replace(' ', '-')}.json.gz"
+    profiled.export_chrome_trace(str(trace))
+    found = profiled.events() or []
+    if cuda:
+        # annotations span the kernels inside them: they would be counted twice
+        kernels = [event for event in found if event.device_type == DeviceType.CUDA]
+        kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False) and not e.name.startswith("##")]
+        events = [(event.name, event.self_device_time_total) for event in kernels]
+    else:
+        events = [(event.name, event.self_cpu_time_total) for event in found]
+    totals = by_category(events, chosen.steps)
+    everything = sum(totals.values())
+    for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
+        note = f"{ms / everything:.1%} of {everything:.4g} ms" if everything else ""
+        times, shape = Summary(ms, ms, ms, chosen.steps), f"{chosen.size} batch {chosen.batch}"
+        bench.add("profile", kind, chosen.variant, shape, work.config.train.precision, times, note=note)
+    longest: dict[str, float] = {}
+    for name, microseconds in events:
+        longest[name] = longest.get(name, 0.0) + microseconds / 1e3 / chosen.steps
+    for name, ms in sorted(longest.items(), key=lambda item: -item[1])[:25]:
+        print(f"  {ms:9.3f} ms  {category(name):12s} {name[:110]}")
+    if cuda or chosen.record:
+        write_rows(chosen.results / f"{device_name(device)}.csv", bench.rows)
+    print(f"trace in {trace}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

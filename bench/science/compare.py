@@ -1,0 +1,37 @@
+"""Cells that several questions' tables share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bench.science.plan import Ledger
+from bench.science.specs import Spec
+from bench.science.statistics import Paired, paired, summary
+
+
+def fids(
+    ledger: Ledger, spec: Spec, samplers: Sequence[str], seeds: Sequence[int] | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """``{sampler: "mean ± deviation"}`` over seeds; empty cells where nothing is measured."""
+    cells = {}
+    for sampler in samplers:
+        values = list(ledger.by_seed(spec, step or ledger.study.steps, sampler, seeds).values())
+        cells[sampler] = str(summary(values)) if values else ""
+    return cells
+
+
+def geometric(ledger: Ledger, spec: Spec, samplers: Sequence[str], step: int | None = None) -> str:
+    """The geometric mean of the FID over samplers: mean ± deviation over the seeds that have all of them."""
+    found = [ledger.by_seed(spec, step or ledger.study.steps, sampler) for sampler in samplers]
+    seeds = set.intersection(*(set(values) for values in found))
+    means = [math.exp(sum(math.log(max(values[s], 1e-9)) for values in found) / len(found)) for s in sorted(seeds)]
+    return str(summary(means)) if means else ""
+
+
+def against(ledger: Ledger, ours: Spec, theirs: Spec, step: int, sampler: str, metric: str = "fid") -> Paired | None:
+    """Our line of training against theirs, paired by seed; None without a common seed."""
+    return paired(
+        ledger.by_seed(ours, step, sampler, metric=metric), ledger.by_seed(theirs, step, sampler, metric=metric)
+    )

@@ -1,0 +1,101 @@
+"""Question 2: how small can the probe be, and can the main run start from its weights?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench.science import plots
+from bench.science.compare import fids
+from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
+from bench.science.rules import rank_agreement, rank_jobs, scan_jobs
+from bench.science.runner import Workshop
+from bench.science.specs import Spec
+from bench.science.statistics import paired, summary
+
+_SHAPE = "main shape"  # the variant with the main network's shape: the one whose weights can be taken over
+
+
+def _variants(ledger: Ledger) -> tuple[str, ...]:
+    return tuple(name for name in ledger.study.probes if not name.startswith("for "))
+
+
+def warm(seed: int) -> Spec:
+    """The run that starts from the weights of the probe that chose its schedule."""
+    return Spec("C", seed, probe=_SHAPE, start="probe")
+
+
+def cold(seed: int) -> Spec:
+    """The same schedule, trained from scratch for the whole budget."""
+    return Spec("C", seed, probe=_SHAPE)
+
+
+def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
+    study = ledger.study
+    # the probe's own steps are part of the warm run's budget
+    rest = study.steps - workshop.probe_steps(_SHAPE)
+    jobs: list[Job] = [*rank_jobs(ledger, _variants(ledger)), *scan_jobs(ledger)]
+    for seed in ledger.seeds:
+        jobs.append(TrainJob(cold(seed), ((study.steps, study.headline),)))
+        jobs.append(TrainJob(warm(seed), ((rest, study.headline),)))
+    return jobs
+
+
+def _warm_steps(ledger: Ledger) -> int | None:
+    """The step at which the warm runs were scored."""
+    steps = [
+        int(row["step"]) for row in ledger.runs.rows.values() if row["start"] == "probe" and row["probe"] == _SHAPE
+    ]
+    return max(steps, default=None)
+
+
+def _report(ledger: Ledger) -> Report:
+    rows, points, sentences = [], {}, []
+    for variant in _variants(ledger):
+        own = [ledger.ranks.get(variant, seed, "C") for seed in ledger.seeds]
+        facts = [row for row in own if row and row["status"] == "done"]
+        found = [rank for seed in ledger.seeds if (rank := rank_agreement(ledger, variant, seed))]
+        if not facts:
+            continue
+        row: dict[str, Any] = {
+            "probe": variant,
+            "steps": facts[0]["probe_steps"],
+            "share of the run": f"{float(facts[0]['budget']):.2%}",
+            "FLOPs": facts[0]["flops"],
+            "seconds": str(summary([float(fact["probe_seconds"]) for fact in facts])),
+            "choices": ", ".join(fact["chosen"] for fact in facts),
+        }
+        for column in ("Spearman of C", "Spearman of B"):
+            values = [float(rank[column]) for rank in found if not math.isnan(rank[column])]
+            row[column] = str(summary(values)) if values else ""
+            if values and column == "Spearman of C":
+                points[variant] = [(float(facts[0]["flops"]), value) for value in values]
+        row["schedules"] = found[0]["schedules"] if found else ""
+        rows.append(row)
+    columns = ["probe", "steps", "share of the run", "FLOPs", "seconds", "schedules", "Spearman of C", "Spearman of B"]
+    sections = [Section("size", "Probes and how they rank the trained schedules.", [*columns, "choices"], rows)]
+    step = _warm_steps(ledger)
+    if step is not None:
+        study, pairs = ledger.study, []
+        pairs.append({"start": "scratch", "steps": study.steps, **fids(ledger, cold(0), study.headline)})
+        pairs.append(
+            {"start": "the probe's weights", "steps": step, **fids(ledger, warm(0), study.headline, step=step)}
+        )
+        sections.append(Section("start", "The same schedule from scratch and from the probe's weights, the probe's "
+                                "steps counted: FID.", ["start", "steps", *study.headline], pairs))  # fmt: skip
+        for sampler in study.headline:
+            # different steps: pair by hand
+            sentence = _warm_against_cold(ledger, step, sampler)
+            if sentence:
+                sentences.append(sentence)
+    picture = plots.scatter(points, "FLOPs of the probe", "Spearman with trained networks") if points else None
+    return Report(sections, sentences, picture)
+
+
+def _warm_against_cold(ledger: Ledger, step: int, sampler: str) -> str | None:
+    ours = ledger.by_seed(warm(0), step, sampler)
+    found = paired(ours, ledger.by_seed(cold(0), ledger.study.steps, sampler))
+    return f"From the probe's weights at {sampler}: {found} ({found.verdict})." if found else None
+
+
+QUESTION = Question(2, "How small the probe can be, and starting from its weights", _jobs, _report)

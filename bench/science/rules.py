@@ -1,0 +1,200 @@
+"""Question 1: which rule (A, B, C) gives the best trained model, and does it beat every fixed schedule?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from bench.science import plots
+from bench.science.compare import against, fids, geometric
+from bench.science.plan import Job, Ledger, Question, RankJob, Report, Section, TrainJob
+from bench.science.runner import Workshop
+from bench.science.specs import Spec
+from bench.science.statistics import spearman, summary
+from fastasync.probe.surface import path_gap
+from fastasync.schedule import load_schedule, named_schedule
+
+
+def scan_jobs(ledger: Ledger) -> list[Job]:
+    """Every fixed schedule on the scan's own seeds."""
+    points = ((ledger.study.steps, ledger.study.headline),)
+    return [TrainJob(Spec(name, seed), points) for seed in ledger.scan_seeds for name in ledger.study.fixed]
+
+
+def rank_jobs(ledger: Ledger, variants: tuple[str, ...] = ("base",)) -> list[Job]:
+    """The probes that rank the fixed schedules."""
+    return [RankJob(variant, seed) for variant in variants for seed in ledger.seeds]
+
+
+def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
+    points = ((ledger.study.steps, ledger.study.headline),)
+    schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *ledger.study.rules])
+    headline = [TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in schedules]
+    return [*rank_jobs(ledger), *scan_jobs(ledger), *headline]
+
+
+def _scan(ledger: Ledger) -> Section:
+    rows = []
+    best = ledger.best_fixed() or {}
+    for name in ledger.study.fixed:
+        specs = Spec(name, 0)
+        row = {"schedule": name, **fids(ledger, specs, ledger.study.headline, ledger.scan_seeds)}
+        row["best for"] = ", ".join(sampler for sampler, winner in best.items() if winner == name)
+        rows.append(row)
+    columns = ["schedule", *ledger.study.headline, "best for"]
+    return Section("scan", "Fixed schedules on the scan's own seeds: FID, mean ± deviation.", columns, rows)
+
+
+def trained_against_synchronous(ledger: Ledger, name: str, seed: int | None = None) -> float | None:
+    """Mean over seeds and headline samplers of log(FID / FID of synchronous), paired by seed.
+
+    Fixed schedules over the scan's seeds; a learned one (``seed``: the probe's) over the run of that seed.
+    """
+    seeds = ledger.scan_seeds if seed is None else [seed]
+    logs = []
+    for sampler in ledger.study.headline:
+        ours = ledger.by_seed(Spec(name, 0), ledger.study.steps, sampler, seeds)
+        base = ledger.by_seed(Spec("synchronous", 0), ledger.study.steps, sampler, seeds)
+        logs += [math.log(max(ours[s], 1e-9) / max(base[s], 1e-9)) for s in ours.keys() & base.keys()]
+    return float(np.mean(logs)) if logs else None
+
+
+def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float | int] | None:
+    """Spearman's correlation of a probe's ranking with the trained networks': by C's distance and by B's J."""
+    distance: list[tuple[float, float]] = []
+    objective: list[tuple[float, float]] = []
+    for name in (*ledger.study.fixed, "C", "B"):
+        row = ledger.ranks.get(variant, seed, name)
+        learned = name in ("B", "C")
+        # a variant's own choice was not trained; a choice that is a fixed schedule must not count twice
+        if learned and (variant != "base" or _is_fixed(ledger, Spec(name, seed))):
+            continue
+        trained = trained_against_synchronous(ledger, name, seed if learned else None)
+        if row is None or row["status"] != "done" or trained is None:
+            continue
+        if row["distance"] != "nan":
+            distance.append((float(row["distance"]), trained))
+        objective.append((float(row["objective"]), trained))
+    if len(distance) < 3:
+        return None
+    return {
+        "schedules": len(distance),
+        "Spearman of C": spearman(*zip(*distance)),
+        "Spearman of B": spearman(*zip(*objective)),
+    }
+
+
+def seed_agreement(ledger: Ledger) -> list[float]:
+    """Spearman's correlation of the trained order of the fixed schedules between each two of the scan's seeds.
+
+    Where two seeds disagree there is no order for a probe to predict.
+    """
+    found = []
+    for first, second in itertools.combinations(ledger.scan_seeds, 2):
+        pairs = [
+            (one, two)
+            for name in ledger.study.fixed
+            if name != "synchronous"  # the zero of each seed's scale
+            and (one := trained_against_synchronous(ledger, name, first)) is not None
+            and (two := trained_against_synchronous(ledger, name, second)) is not None
+        ]
+        if len(pairs) > 2:
+            found.append(spearman([one for one, _ in pairs], [two for _, two in pairs]))
+    return [value for value in found if not math.isnan(value)]
+
+
+def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
+    """Whether a learned schedule runs along a fixed competitor's path (within 0.01 in every local time)."""
+    path, reps = Workshop.schedule_path(ledger.out, spec), ledger.study.common().representations
+    if not path.exists():
+        return False
+    chosen = load_schedule(path)
+    fixed = (named_schedule(name, reps.names, reps.roles) for name in ledger.study.fixed)
+    return any(path_gap(chosen, schedule) < 0.01 for schedule in fixed)
+
+
+def _choices(ledger: Ledger) -> Section:
+    rows = []
+    for rule in ledger.study.rules:
+        first = None
+        for seed in ledger.seeds:
+            path = Workshop.schedule_path(ledger.out, Spec(rule, seed))
+            if not path.exists():
+                continue
+            schedule = load_schedule(path)
+            first = first or schedule
+            rank = ledger.ranks.get("base", seed, rule)
+            row = {"rule": rule, "seed": seed, "kind": schedule.kind, "lead": schedule.lead()}
+            row["gap to the first seed's path"] = path_gap(schedule, first)
+            row["label"] = rank["chosen"] if rank and rule == "C" else ""
+            rows.append(row)
+    columns = ["rule", "seed", "kind", "label", "lead", "gap to the first seed's path"]
+    return Section(
+        "choices", "What each rule chose, seed by seed (gap: largest difference of a local time).", columns, rows
+    )
+
+
+def _ranking(ledger: Ledger) -> Section:
+    rows = []
+    for seed in ledger.seeds:
+        found = rank_agreement(ledger, "base", seed)
+        if found:
+            rows.append({"probe's seed": seed, **found})
+    columns = ["probe's seed", "schedules", "Spearman of C", "Spearman of B"]
+    caption = "Rank correlation of the probe with trained networks (1: the same order)."
+    return Section("ranking", caption, columns, rows)
+
+
+def _report(ledger: Ledger) -> Report:
+    study = ledger.study
+    schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *study.rules])
+    rows = []
+    for name in schedules:
+        spec = Spec(name, 0)
+        row = {"schedule": name, **fids(ledger, spec, study.headline)}
+        rows.append({**row, "all": geometric(ledger, spec, study.headline)})
+    headline = Section("headline", "FID on the headline seeds, mean ± deviation; all: geometric mean.",
+                       ["schedule", *study.headline, "all"], rows)  # fmt: skip
+    pairs, sentences = [], []
+    best = ledger.best_fixed() or {}
+    for rule in study.rules:
+        for sampler in study.headline:
+            for rival in dict.fromkeys([best.get(sampler), "synchronous"]):
+                found = against(ledger, Spec(rule, 0), Spec(rival, 0), study.steps, sampler) if rival else None
+                if found is None:
+                    continue
+                pairs.append({"rule": rule, "sampler": sampler, "against": rival, "change": str(found),
+                              "verdict": found.verdict})  # fmt: skip
+                sentences.append(f"{rule} against {rival} at {sampler}: {found} ({found.verdict}).")
+    paired = Section("paired", "Change of FID paired by seed, against the best fixed schedule at that sampler and "
+                     "against synchronous.", ["rule", "sampler", "against", "change", "verdict"], pairs)  # fmt: skip
+    ranking = _ranking(ledger)
+    for column in ("Spearman of C", "Spearman of B"):
+        values = [row[column] for row in ranking.rows if not math.isnan(row[column])]
+        if values:
+            sentences.append(f"{column} with the trained order: {summary(values)} over {len(values)} probes.")
+    agreement = seed_agreement(ledger)
+    if agreement:
+        sentences.append(
+            "Trained order of the fixed schedules (without synchronous), one scan seed against another: Spearman "
+            f"{summary(agreement)} over {len(agreement)} pairs: how well the order that a probe should predict repeats."
+        )
+    picture = None
+    if any(row[study.headline[0]] for row in rows):
+        picture = plots.seed_points(
+            {
+                name: {
+                    sampler: list(ledger.by_seed(replace(Spec(name, 0)), study.steps, sampler).values())
+                    for sampler in study.headline
+                }
+                for name in schedules
+            },
+            {sampler: ledger.scan(sampler) for sampler in study.headline},
+        )
+    return Report([headline, paired, _scan(ledger), ranking, _choices(ledger)], sentences, picture)
+
+
+QUESTION = Question(1, "Which rule gives the best trained model", _jobs, _report)

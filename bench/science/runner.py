@@ -1,0 +1,286 @@
+"""The work itself: encoders once, probes once, one line of training after another, samples scored as they are made."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.science.specs import LEARNED, Spec, Study, nfe, sampler
+from fastasync import sampling
+from fastasync.config import Config
+from fastasync.densities import DENSITIES
+from fastasync.evaluation import FeatureExtractor, FeatureSet, evaluate, frechet_distance
+from fastasync.evaluation.protocol import hardware_name
+from fastasync.files import load_tensors, write_json
+from fastasync.inputs import Inputs, Reference, open_inputs
+from fastasync.probe import LossSurface, ProbeResult, learn_schedule, line_loss, probe_plan
+from fastasync.probe.generation import gaussian_statistics
+from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights
+from fastasync.probe.network import autocast, build_probe
+from fastasync.run import Run
+from fastasync.schedule import Schedule, kinetic_energy, load_schedule, named_schedule, save_schedule
+from fastasync.stages import planned_flops
+from fastasync.training import build_engine, build_model, checkpoint, load_model, train
+from fastasync.training.build import choose_autocast, choose_device, choose_ops
+
+Say = Callable[[str], None]
+
+
+class Trained(NamedTuple):
+    """A line of training at its last step: its checkpoints' folder, its schedule, seconds (compilation included)."""
+
+    folder: Path
+    schedule: Schedule
+    seconds: float
+
+
+class Score(NamedTuple):
+    """Figures of one set of samples, the evaluations that each image took, and what it cost."""
+
+    figures: dict[str, float]
+    evaluations: float
+    sample_seconds: float
+    score_seconds: float
+
+
+class Ranked(NamedTuple):
+    """What a probe says of one schedule: Frechet distance of its samples in the encoder's features, and B's J."""
+
+    schedule: str
+    distance: float
+    objective: float
+
+
+class Workshop:
+    """Everything that runs share.  ``out``: what is kept (schedules); ``work``: what may be thrown away."""
+
+    def __init__(self, study: Study, out: Path, work: Path, say: Say = print):
+        self.study, self.out, self.work, self.say = study, out, work, say
+        self.device = choose_device(study.common().train.device)
+        self._inputs: dict[str, Inputs] = {}
+        self._scoring: dict[str, tuple[FeatureExtractor, Reference]] = {}
+        self._compiled: tuple[str, str] | None = None
+
+    @cached_property
+    def hardware(self) -> str:
+        """As every row names it."""
+        return hardware_name(self.device)
+
+    def inputs(self, representations: str) -> Inputs:
+        """Latents and encoders, prepared once; their seed is the same for every run."""
+        if representations not in self._inputs:
+            config = self.study.common(representations)
+            run = Run(self.work / "inputs", config, self.work / f"prepared-{representations}")
+            self._inputs[representations] = open_inputs(run, self.device, self.say)
+        return self._inputs[representations]
+
+    def scoring(self, representations: str) -> tuple[FeatureExtractor, Reference]:
+        """What scores samples, never what selects schedules."""
+        if representations not in self._scoring:
+            inputs = self.inputs(representations)
+            extractor = inputs.extractor()
+            self._scoring[representations] = extractor, inputs.reference(extractor)
+        return self._scoring[representations]
+
+    # --- schedules ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def schedule_path(out: Path, spec: Spec) -> Path:
+        """Where a learned schedule is kept."""
+        name = f"{spec.schedule}-{spec.probe}-{spec.representations}-seed{spec.seed}.json"
+        return out / "schedules" / name.replace(" ", "_")
+
+    def schedule_file(self, spec: Spec) -> Path:
+        """The same in this study's folder."""
+        return self.schedule_path(self.out, spec)
+
+    def schedule(self, spec: Spec) -> Schedule:
+        """The schedule of a line of training; what is learned is learned once and kept."""
+        reps = self.study.common(spec.representations).representations
+        if spec.schedule not in LEARNED:
+            return named_schedule(spec.schedule, reps.names, reps.roles)
+        path = self.schedule_file(spec)
+        if not path.exists():
+            found = self.probe(spec.schedule, spec.probe, spec.seed, spec.representations)
+            save_schedule(found.schedule, path)
+        return load_schedule(path, reps.names)
+
+    def probe_folder(self, estimator: str, variant: str, seed: int, representations: str) -> Path:
+        """Where a probe is kept."""
+        return self.work / "probes" / f"{estimator}-{variant}-{representations}-seed{seed}".replace(" ", "_")
+
+    def probe(self, estimator: str, variant: str, seed: int, representations: str = "pair") -> ProbeResult:
+        """A probe's result, learned once."""
+        config = self.study.probe_config(estimator, variant, seed, representations)
+        inputs = self.inputs(representations)
+        return learn_schedule(
+            config,
+            inputs.latents,
+            planned_flops=planned_flops(config),
+            score=inputs.scorer() if estimator == "C" else None,
+            device=self.device,
+            out_dir=self.probe_folder(estimator, variant, seed, representations),
+            progress=sys.stderr.isatty(),
+        )
+
+    def rank(self, variant: str, seed: int, names: Sequence[str]) -> tuple[ProbeResult, list[Ranked]]:
+        """Every named schedule, and the probe's own choice, by the probe of C: the same noise and labels for each."""
+        result = self.probe("C", variant, seed)
+        config, inputs = self.study.probe_config("C", variant, seed), self.inputs("pair")
+        scorer = inputs.scorer()
+        assert scorer is not None  # images have one
+        network, surface = self._probe_network(config, "C", variant, seed)
+        reps, density = config.representations, DENSITIES[config.objective.density]
+        lam, beta = probe_loss_weights(config), chosen_beta(config.probe.beta)
+        schedules = {name: named_schedule(name, reps.names, reps.roles) for name in names} | {"C": result.schedule}
+        middle = next(row for row in result.sweep if row["beta"] == beta)
+        way, rows = ("heun", config.probe.sampling_steps), []
+
+        def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+            with autocast(self.device):
+                return network(x, tau, y)
+
+        for name, schedule in schedules.items():
+            features = []
+            for indices in torch.arange(self.study.rank_samples).split(self.study.sample_batch):
+                z = self._latents(config, velocity, schedule, indices, way, config.probe.seed)
+                features.append(scorer.features(z).double().cpu())
+            distance = frechet_distance(gaussian_statistics(torch.cat(features)), scorer.reference)
+            with torch.no_grad():
+                energy = kinetic_energy(schedule, [1 / schedule.count] * schedule.count)
+                objective = float(line_loss(surface, schedule, density, lam) + beta * energy)
+            rows.append(Ranked(name, distance, objective))
+        rows.append(Ranked("B", math.nan, float(middle["objective"])))
+        return result, rows
+
+    def _probe_network(self, config: Config, estimator: str, variant: str, seed: int) -> tuple[Any, LossSurface]:
+        folder = self.probe_folder(estimator, variant, seed, "pair")
+        facts = json.loads((folder / NETWORK_FACTS).read_text())
+        tensors = load_tensors(folder / NETWORK, facts["sha256"], f"remove {folder}")
+        surface = LossSurface.fit(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
+        network = build_probe(config, self.device)
+        network.load_state_dict(tensors)
+        return network.eval().requires_grad_(False), surface
+
+    def probe_steps(self, variant: str) -> int:
+        """Training steps of C's probe of this variant, in images counted as the main run's steps."""
+        config = self.study.probe_config("C", variant, 0)
+        steps = probe_plan(config, planned_flops(config)).steps
+        return math.ceil(steps * config.probe.batch / config.train.batch)
+
+    # --- training and scoring ----------------------------------------------------------------------------------------
+
+    def run_folder(self, spec: Spec) -> Path:
+        """Where a line of training is kept until it is scored."""
+        return self.work / "runs" / str(spec).replace(" ", "_").replace(":", "-").replace(",", "")
+
+    def train(self, spec: Spec, steps: Sequence[int]) -> Trained:
+        """Train to the last of ``steps``, keeping a checkpoint at each; goes on from what is there."""
+        schedule = self.schedule(spec)
+        config = self.study.config(spec, max(steps), math.gcd(*steps))
+        inputs, folder = self.inputs(spec.representations), self.run_folder(spec)
+        if spec.start == "probe" and not (folder / checkpoint.FOLDER).exists():
+            self._start_from_probe(spec, config, schedule, folder)
+        shape = (spec.size, spec.representations)
+        if self._compiled not in (None, shape):
+            torch.compiler.reset()  # another network: its graphs would count against the limit of recompilations
+        self._compiled = shape
+        start = time.perf_counter()
+        result = train(
+            config,
+            inputs.latents,
+            schedule,
+            folder,
+            statistics_fingerprint=inputs.statistics_fingerprint,
+            progress=sys.stderr.isatty(),
+            say=self.say,
+        )
+        spent, record = time.perf_counter() - start, folder / "seconds.json"
+        before = json.loads(record.read_text()) if record.exists() else 0.0
+        if result.step > result.resumed_from:  # else it was complete, and its seconds are known
+            before += spent
+            write_json(record, before)
+        return Trained(folder, schedule, before)
+
+    def _start_from_probe(self, spec: Spec, config: Config, schedule: Schedule, folder: Path) -> None:
+        """A checkpoint of step 0 whose weights, and their averages, are the probe's: training goes on from it."""
+        self.probe("C", spec.probe, spec.seed)
+        network, _ = self._probe_network(
+            self.study.probe_config("C", spec.probe, spec.seed), "C", spec.probe, spec.seed
+        )
+        model = build_model(config)
+        model.load_state_dict(network.state_dict())
+        engine = build_engine(model, config, self.device)
+        tally = [0.0] * (len(config.representations.names) + 4 + 5)  # loss, each, cosine, repa, norm; the skips
+        fingerprint = self.inputs(spec.representations).statistics_fingerprint
+        state = checkpoint.run_state(0, config, schedule, fingerprint, tally)
+        checkpoint.save(folder / checkpoint.FOLDER, state, engine, keep=1)
+
+    def score(self, spec: Spec, trained: Trained, step: int, name: str) -> Score:
+        """Figures of the run's samples at one step by one sampler."""
+        config, inputs = self.study.config(spec), self.inputs(spec.representations)
+        extractor, reference = self.scoring(spec.representations)
+        loaded = load_model(trained.folder / checkpoint.FOLDER / f"step_{step:08d}", device=self.device)
+        dtype, calls = choose_autocast(config.train.precision, self.device), 0
+
+        def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+            nonlocal calls
+            calls += len(x)
+            with torch.autocast(self.device.type, dtype or torch.float32, enabled=dtype is not None):
+                return loaded.model(x, tau, y)
+
+        features, making, scoring = [], 0.0, 0.0
+        for indices in torch.arange(config.sample.count).split(config.sample.batch):
+            start = time.perf_counter()
+            z = self._latents(config, velocity, loaded.schedule, indices, sampler(name), config.sample.seed)
+            images = inputs.decode(z).cpu()  # waits for the device
+            making += time.perf_counter() - start
+            features.append(extractor(images))
+            scoring += time.perf_counter() - start
+        scoring -= making
+        start = time.perf_counter()
+        found = FeatureSet(torch.cat(features), extractor.fingerprint)
+        size = min(1000, config.sample.count)
+        result = evaluate(found, reference.features, extractor, config.evaluate.metrics, kid_subset_size=size)
+        scoring += time.perf_counter() - start
+        figures = {metric: float(result[metric]) for metric in config.evaluate.metrics}
+        return Score(figures, calls / config.sample.count, making, scoring)
+
+    def _latents(
+        self, config: Config, velocity: Any, schedule: Schedule, indices: Tensor, way: tuple[str, int], seed: int
+    ) -> Tensor:
+        """Latents of samples with balanced labels; ``way``: method and intervals; ``seed``: of the noise."""
+        reps = config.representations
+        method, intervals = way
+        return sampling.generate_latents(
+            velocity,
+            schedule,
+            indices,
+            sampling.sample_labels(indices, range(config.model.classes), "balanced", seed),
+            channels=reps.channels,
+            side=reps.grid,
+            grid=sampling.uniform_grid(intervals),
+            method=method,
+            seed=seed,
+            device=self.device,
+            ops=choose_ops(config.model.kernels, self.device),
+        )
+
+    def discard(self, spec: Spec) -> None:
+        """Remove a scored run's checkpoints; its row has everything."""
+        shutil.rmtree(self.run_folder(spec), ignore_errors=True)
+
+
+def evaluations_of(name: str, measured: float | None = None) -> float:
+    """Function evaluations for estimates: the fixed number, or for dopri5 what was measured, or 100."""
+    return nfe(name) or measured or 100.0

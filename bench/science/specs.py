@@ -1,0 +1,210 @@
+"""What can be run: one line of training (Spec), its points, and the two studies (CIFAR-10 and its CPU miniature)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from fastasync.config import Config, apply_settings
+from fastasync.errors import unknown_name
+from fastasync.presets import preset
+from fastasync.sampling import evaluations
+
+LEARNED = ("A", "B", "C")
+BEST_FIXED = "best fixed"  # stands for what the scan finds, until it has
+OBJECTIVES = {
+    "corrected": ("objective.mode=corrected", "objective.proposal=mixture"),
+    "corrected, uniform s": ("objective.mode=corrected", "objective.proposal=uniform"),
+    "uncorrected": ("objective.mode=naive",),
+}
+SAMPLE_SEED, PROBE_SEED = 1000, 2000  # added to a run's seed: selection and scoring never share noise
+SCAN_SEED = 100  # the best fixed schedule is found on seeds from here on
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One network trained along one schedule.  ``probe``: the variant that learned it; ``start``: or "probe"."""
+
+    schedule: str
+    seed: int
+    size: str = "base"
+    objective: str = "corrected"
+    representations: str = "pair"
+    probe: str = "base"
+    start: str = "scratch"
+
+    @property
+    def label(self) -> str:
+        """What tables call it, without the seed."""
+        usual = Spec(self.schedule, self.seed)
+        parts = [self.schedule]
+        parts += [getattr(self, f.name) for f in fields(Spec)[2:] if getattr(self, f.name) != getattr(usual, f.name)]
+        return ", ".join("from the probe's weights" if part == "probe" else part for part in parts)
+
+    def __str__(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+
+SPEC_FIELDS = tuple(f.name for f in fields(Spec))
+
+
+@dataclass(frozen=True)
+class Study:
+    """One preset's study: everything that PROTOCOL.md fixes.
+
+    Samplers are ``heun10`` (Heun, 10 function evaluations) or ``dopri5``.  ``settings`` change the preset; ``sizes``,
+    ``probes`` and ``third`` change that.  ``rank_samples``: samples by which a probe ranks the fixed schedules.
+    """
+
+    preset: str
+    settings: tuple[str, ...]
+    steps: int
+    headline: tuple[str, ...]
+    curve: tuple[str, ...]
+    fixed: tuple[str, ...]
+    scan_seeds: int
+    rank_samples: int
+    sizes: dict[str, tuple[str, ...]]
+    probes: dict[str, tuple[str, ...]]
+    few_steps: tuple[int, ...]  # step counts that question 5 chooses schedules for
+    third: tuple[str, ...]
+    rules: tuple[str, ...] = LEARNED
+    longer: int = 4
+    serves: int = 0  # steps of the run whose FLOPs the probe's budget is a share of; 0: ``steps``
+    sample_batch: int = 2500
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """All of them, by number of evaluations."""
+        names = dict.fromkeys((*self.headline, *self.curve))
+        return tuple(sorted(names, key=lambda name: nfe(name) or 10**6))
+
+    @property
+    def milestones(self) -> tuple[int, ...]:
+        """Training steps at which long runs are scored: quarters of the budget, then doublings up to the longest."""
+        early = [self.steps // 4, self.steps // 2]
+        late = []
+        step = self.steps
+        while step <= self.longer * self.steps:
+            late.append(step)
+            step *= 2
+        return (*early, *late)
+
+    def config(self, spec: Spec, steps: int | None = None, every: int = 0) -> Config:
+        """The configuration of a line of training up to ``steps`` with checkpoints kept at multiples of ``every``."""
+        steps = steps or self.steps
+        changes = [
+            f"data.seed={spec.seed}",
+            f"train.steps={steps}",
+            f"train.checkpoint_every={steps}",
+            f"train.milestone_every={every}",
+            "train.keep_checkpoints=1",
+            f"train.log_every={max(steps // 20, 1)}",
+            f"sample.seed={SAMPLE_SEED + spec.seed}",
+            f"sample.batch={self.sample_batch}",
+        ]
+        return apply_settings(self.common(spec.representations), [*self.sizes[spec.size], *changes, *_objective(spec)])
+
+    def common(self, representations: str = "pair") -> Config:
+        """What all runs on these representations share; its seed is that of the encoders."""
+        third = self.third if representations == "triple" else ()
+        return apply_settings(preset(self.preset), [*self.settings, *third, f"train.steps={self.steps}"])
+
+    def probe_config(self, estimator: str, variant: str, seed: int, representations: str = "pair") -> Config:
+        """The configuration that a probe learns with: it always serves the base network and budget."""
+        if variant not in self.probes:
+            raise unknown_name("probe", variant, self.probes)
+        changes = (
+            f"probe.estimator={estimator}",
+            f"probe.seed={PROBE_SEED + seed}",
+            f"train.steps={self.serves or self.steps}",
+            *self.probes[variant],
+        )
+        return apply_settings(self.common(representations), changes)
+
+    def with_settings(self, settings: tuple[str, ...]) -> Study:
+        """The same with more changes to the preset."""
+        return replace(self, settings=(*self.settings, *settings))
+
+
+def _objective(spec: Spec) -> tuple[str, ...]:
+    if spec.objective not in OBJECTIVES:
+        raise unknown_name("objective", spec.objective, OBJECTIVES)
+    return OBJECTIVES[spec.objective]
+
+
+def sampler(name: str) -> tuple[str, int]:
+    """``heun18`` -> (heun, 9 intervals), ``dopri5`` -> (dopri5, 1)."""
+    if name == "dopri5":
+        return name, 1
+    return "heun", int(name.removeprefix("heun")) // 2
+
+
+def nfe(name: str) -> int | None:
+    """Function evaluations of a sampler; None for dopri5, which adapts."""
+    return evaluations(*sampler(name))
+
+
+# SFD's clock at offset 1.0 is the cascade (K = 2): the eighth point, run once
+_OFFSETS = ("offset:0.1", "offset:0.2", "offset:0.3", "offset:0.4", "offset:0.5", "offset:0.6", "offset:0.8", "cascade")
+_POWERS = ("power:1.5", "power:2", "power:3", "power:4", "power:5")
+_THIRD_ROLES = "representations.roles=lags,free,leads"
+
+STUDIES = {
+    "cifar10": Study(
+        preset="cifar10",
+        settings=(),
+        steps=6000,
+        headline=("heun10", "heun18", "heun50", "dopri5"),
+        curve=("heun6", "heun10", "heun18", "heun30", "heun50", "heun100"),
+        fixed=("synchronous", *_OFFSETS, *_POWERS),
+        scan_seeds=3,
+        rank_samples=5000,
+        sizes={"base": (), "large": ("model.depth=12", "model.width=384", "model.heads=12")},
+        probes={
+            "base": (),
+            "half the budget": ("probe.budget=0.005",),
+            "quarter of the budget": ("probe.budget=0.0025",),
+            "four budgets": ("probe.budget=0.04",),
+            "small": ("probe.depth=2", "probe.width=64", "probe.heads=2"),
+            "wide": ("probe.depth=4", "probe.width=256", "probe.heads=8"),
+            "main shape": ("probe.depth=8", "probe.width=256", "probe.heads=8", "probe.budget=0.1"),
+            "for 3 steps": ("probe.sampling_steps=3",),
+            "for 25 steps": ("probe.sampling_steps=25",),
+        },
+        few_steps=(3, 25),
+        third=("representations.names=texture,lowfreq,semantic", "representations.channels=48,3,16", _THIRD_ROLES),
+    ),
+    # 1,500 images saturate the preset: a smaller network is compared far before that.  Its probe costs more
+    # than a run: 1 % of one is three steps (PROTOCOL.md)
+    "digits": Study(
+        preset="digits",
+        settings=(
+            *("model.depth=3", "model.width=64", "model.heads=4", "train.ema=0.98", "train.warmup=20"),
+            *(
+                "sample.count=1000",
+                "evaluate.metrics=fid",
+                "probe.budget=1.0",
+                "train.batch=64",
+            ),
+        ),
+        steps=300,
+        serves=1200,
+        headline=("heun10", "heun18"),
+        curve=("heun6", "heun10", "heun18", "heun30", "heun50", "heun100"),
+        fixed=("synchronous", "offset:0.15", "offset:0.3", "offset:0.6", "cascade", "power:2", "power:3"),
+        scan_seeds=3,
+        rank_samples=1000,
+        sizes={"base": (), "large": ("model.depth=4", "model.width=96", "model.heads=4")},
+        probes={
+            "base": (),
+            "half": ("probe.budget=0.5",),
+            "small": ("probe.depth=1", "probe.width=32", "probe.heads=1"),
+            "main shape": ("probe.depth=3", "probe.width=64", "probe.heads=4", "probe.train_share=0.1"),
+            "for 3 steps": ("probe.sampling_steps=3",),
+        },
+        few_steps=(3,),
+        third=("representations.names=texture,lowfreq,semantic", "representations.channels=4,1,8", _THIRD_ROLES),
+        rules=("B", "C"),
+        sample_batch=100,
+    ),
+}

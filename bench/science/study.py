@@ -1,0 +1,332 @@
+"""The study of schedules: ``python -m bench.science.study --preset cifar10 --questions 1,2 --seeds 3 --out DIR``.
+
+Runs one job after another in the order of the questions, writes a row for each, and can be stopped at any moment:
+the same command goes on.  ``--dry-run`` prints what is left and how long it takes; ``--seconds`` does what fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench.science import probe_size, rules, transfer, variants
+from bench.science.plan import (
+    DONE,
+    FAILED,
+    Job,
+    Ledger,
+    Question,
+    RankJob,
+    Rates,
+    TrainJob,
+    measured_rates,
+    merge,
+    seconds,
+)
+from bench.science.runner import Workshop
+from bench.science.specs import STUDIES, Study
+from bench.science.table import markdown, write_csv
+from fastasync.errors import UserError, unknown_name
+from fastasync.files import atomic_path
+from fastasync.report.style import png
+from fastasync.training import Interrupted
+
+QUESTIONS: dict[int, Question] = {
+    question.number: question
+    for question in (
+        rules.QUESTION,
+        probe_size.QUESTION,
+        transfer.LARGER,
+        transfer.EFFICIENCY,
+        variants.STEP_COUNTS,
+        variants.OBJECTIVE,
+        variants.THIRD,
+    )
+}
+FAILURES = 3  # in a row stop the study: then it is the machine, not the run
+Say = Callable[[str], None]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser."""
+    top = argparse.ArgumentParser(prog="python -m bench.science.study", description=__doc__.splitlines()[0])
+    top.add_argument("--preset", default="cifar10", help=", ".join(STUDIES))
+    top.add_argument("--questions", default="1,2,3,4,5,6,7", help="numbers, in the order they are worked on")
+    top.add_argument("--seeds", type=int, default=3, help="headline seeds")
+    top.add_argument("--scan-seeds", type=int, help="seeds that find the best fixed schedule (default: the protocol's)")
+    top.add_argument("--out", type=Path, help="rows, tables, pictures (default bench/science/results/PRESET)")
+    top.add_argument("--work", type=Path, help="encoders, probes, checkpoints (default runs/science-PRESET)")
+    top.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="for every run")
+    top.add_argument("--seconds", type=float, help="start nothing that would end later than this")
+    top.add_argument("--dry-run", action="store_true", help="print the plan with its seconds, and stop")
+    top.add_argument("--report", action="store_true", help="only write tables and pictures from the rows")
+    top.add_argument("--keep", action="store_true", help="keep the checkpoints of scored runs")
+    top.add_argument("--step-ms", type=float, default=10.0, help="assumed: a training step of the base network")
+    top.add_argument("--forward-us", type=float, help="assumed: a forward pass of one image; default from the step")
+    top.add_argument("--score-s", type=float, default=30.0, help="assumed: scoring one set of samples")
+    return top
+
+
+def plan(ledger: Ledger, workshop: Workshop, numbers: Sequence[int]) -> dict[int, list[Job]]:
+    """What is left, by question; a job that several questions need stands at the first."""
+    seen: set[Any] = set()
+    wanted = {number: merge(QUESTIONS[number].jobs(ledger, workshop)) for number in numbers}
+    whole = {_key(job): job for job in merge(job for jobs in wanted.values() for job in jobs)}
+    left: dict[int, list[Job]] = {}
+    for number, jobs in wanted.items():
+        left[number] = []
+        for job in jobs:
+            # all its points at once, whichever question asks for them: it is trained once
+            rest = ledger.missing(whole[_key(job)])
+            if rest is not None and _key(job) not in seen:
+                left[number].append(rest)
+            seen.add(_key(job))
+    return left
+
+
+def _key(job: Job) -> Any:
+    return job.spec if isinstance(job, TrainJob) else job
+
+
+def show_plan(ledger: Ledger, workshop: Workshop, numbers: Sequence[int], rates: Rates, say: Say) -> float:
+    """Print what is left and its seconds; returns the sum."""
+    source = "measured in finished runs" if rates.measured else "assumed"
+    say(
+        f"{ledger.study.preset}: {1e3 * rates.step:.3g} ms a step, {1e6 * rates.forward:.3g} us a forward pass of an "
+        f"image, {rates.score:.3g} s a score ({source}); {workshop.hardware}"
+    )
+    total = 0.0
+    for number, jobs in plan(ledger, workshop, numbers).items():
+        times = [seconds(job, ledger, workshop, rates) for job in jobs]
+        total += sum(times)
+        say(f"question {number}: {QUESTIONS[number].title}: {len(jobs)} jobs left, {sum(times):,.0f} s")
+        for job, took in zip(jobs, times):
+            waits = "" if job.runnable else " (known after the scan)"
+            say(f"  {took:8,.0f} s  {job}{waits}")
+    say(f"all: {total:,.0f} s = {total / 3600:.1f} h")
+    return total
+
+
+def commit() -> str:
+    """The commit that is checked out, with + when the code differs from it; unknown outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        name = git("rev-parse", "--short", "HEAD")
+        return name + ("+" if git("status", "--porcelain", "--", "fastasync", "kernels", "bench/science/*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Worker:
+    """Runs jobs and writes their rows."""
+
+    def __init__(self, ledger: Ledger, workshop: Workshop, command: str, keep: bool, say: Say):
+        self.ledger, self.workshop, self.keep, self.say = ledger, workshop, keep, say
+        self.command, self.commit = command, commit()
+        self.failures = 0  # in a row
+
+    def about(self) -> dict[str, str]:
+        """Where a row comes from."""
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        return {"hardware": self.workshop.hardware, "commit": self.commit, "command": self.command, "date": today}
+
+    def run(self, job: Job) -> None:
+        """One job; what goes wrong in it becomes its row."""
+        try:
+            if isinstance(job, RankJob):
+                self._rank(job)
+            else:
+                self._train(job)
+            self.failures = 0
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"[:300]
+            self.say(f"FAILED {job}: {text}")
+            self._failed(job, text)
+            self.failures += 1
+
+    def _failed(self, job: Job, text: str) -> None:
+        what = {"status": FAILED, "error": text, **self.about()}
+        if isinstance(job, RankJob):
+            self.ledger.ranks.put({"variant": job.variant, "seed": job.seed, "schedule": "C", **what})
+            return
+        for step, _ in job.points:
+            self.ledger.runs.put({**asdict(job.spec), "step": step, **what})
+
+    def _rank(self, job: RankJob) -> None:
+        start = time.perf_counter()
+        result, rows = self.workshop.rank(job.variant, job.seed, self.ledger.study.fixed)
+        spent = sum(result.budget["seconds"].values())
+        share = result.budget["spent_flops"] / result.budget["limit_flops"]
+        facts = {
+            "status": DONE,
+            "error": "",
+            "chosen": result.diagnostics["label"],
+            "probe_steps": result.diagnostics["steps"],
+            "budget": share * self.ledger.study.probe_config("C", job.variant, job.seed).probe.budget,
+            "flops": float(result.budget["spent_flops"]),
+            "probe_seconds": round(spent, 2),
+            "rank_seconds": round(time.perf_counter() - start, 2),
+            **self.about(),
+        }
+        for row in rows:
+            self.ledger.ranks.put({"variant": job.variant, "seed": job.seed, **row._asdict(), **facts})
+
+    def _train(self, job: TrainJob) -> None:
+        steps = [step for step, _ in job.points]
+        trained = self.workshop.train(job.spec, steps)
+        for step, names in job.points:
+            row = self.ledger.row(job.spec, step) or {}
+            before = {name: float(row.get(name) or 0) for name in ("sample_seconds", "score_seconds")}
+            found: dict[str, Any] = {}
+            for name in names:
+                score = self.workshop.score(job.spec, trained, step, name)
+                found |= {f"{metric}_{name}": value for metric, value in score.figures.items()}
+                if name == "dopri5":
+                    found["nfe_dopri5"] = score.evaluations
+                before["sample_seconds"] += score.sample_seconds
+                before["score_seconds"] += score.score_seconds
+            self.ledger.runs.put(
+                {
+                    **asdict(job.spec),
+                    "step": step,
+                    "status": DONE,
+                    "error": "",
+                    **found,
+                    "fingerprint": trained.schedule.fingerprint,
+                    "lead": trained.schedule.lead(),
+                    "train_seconds": round(trained.seconds * step / max(steps), 2),
+                    **{name: round(value, 2) for name, value in before.items()},
+                    **self.about(),
+                }
+            )
+        if not self.keep:
+            self.workshop.discard(job.spec)
+
+
+def work(
+    worker: Worker, numbers: Sequence[int], assumed: Rates, limit: float | None = None, say: Say = print
+) -> list[Job]:
+    """Do what is left, planning again after every job; returns what is left when it stops."""
+    ledger, workshop = worker.ledger, worker.workshop
+    start = time.perf_counter()
+    while True:
+        left = [job for jobs in plan(ledger, workshop, numbers).values() for job in jobs]
+        ready = [job for job in left if job.runnable]
+        rates = measured_rates(ledger, workshop.hardware, assumed)
+        if limit is not None:
+            room = limit - (time.perf_counter() - start)
+            ready = [job for job in ready if seconds(job, ledger, workshop, rates) <= room]
+        if not ready or worker.failures >= FAILURES:
+            return left
+        job = ready[0]
+        expected, began = seconds(job, ledger, workshop, rates), time.perf_counter()
+        worker.run(job)
+        say(f"{job}: {time.perf_counter() - began:.0f} s (expected {expected:.0f}); {len(left) - 1} jobs left")
+
+
+def write_reports(ledger: Ledger, numbers: Sequence[int], command: str) -> Path:
+    """Every question's tables (CSV), picture (PNG) and RESULTS.md with all of them."""
+    folder, study = ledger.out, ledger.study
+    hardware = sorted({row["hardware"] for row in ledger.runs.rows.values() if row["hardware"]})
+    failed = [" ".join(key) for key, row in ledger.runs.rows.items() if row["status"] == FAILED]
+    common = study.common()
+    text = [
+        f"# Results of the study on {study.preset}",
+        f"Made by `{command}`; protocol: [PROTOCOL.md](../../PROTOCOL.md). Rows: runs.csv, probes.csv. "
+        f"Hardware: {'; '.join(hardware) or 'none yet'}. {study.steps} training steps, {common.sample.count} samples, "
+        f"{len(ledger.seeds)} headline seeds, {study.scan_seeds} scan seeds, features {common.evaluate.features}.",
+        f"Failed runs: {'; '.join(failed) or 'none'}.",
+    ]
+    for number in numbers:
+        report = QUESTIONS[number].report(ledger)
+        text.append(f"## {number}. {QUESTIONS[number].title}")
+        if not any(section.rows for section in report.sections):
+            text.append("Nothing measured yet.")
+            continue
+        for section in report.sections:
+            if section.rows:
+                write_csv(folder / f"q{number}-{section.name}.csv", section.columns, section.rows)
+                text += [section.caption, markdown(section.columns, section.rows)]
+        if report.picture is not None:
+            with atomic_path(folder / f"q{number}.png") as partial:
+                partial.write_bytes(png(report.picture))
+            text.append(f"![question {number}](q{number}.png)")
+        if report.sentences:
+            text.append("\n".join(f"- {sentence}" for sentence in report.sentences))
+    path = folder / "RESULTS.md"
+    with atomic_path(path) as partial:
+        partial.write_text("\n\n".join(text) + "\n")
+    return path
+
+
+def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = print) -> int:
+    """The whole study with parsed arguments; ``study`` in the place of the preset's."""
+    if study is None and arguments.preset not in STUDIES:
+        raise unknown_name("--preset", arguments.preset, STUDIES)
+    study = (study or STUDIES[arguments.preset]).with_settings(tuple(arguments.set))
+    numbers = _numbers(arguments.questions)
+    scan = study.scan_seeds if arguments.scan_seeds is None else arguments.scan_seeds
+    for name, count in (("--seeds", arguments.seeds), ("--scan-seeds", scan)):
+        if count < 1:
+            raise UserError(name, count, "give at least 1")
+    study = replace(study, scan_seeds=scan)
+    out = arguments.out or Path("bench/science/results") / study.preset
+    ledger = Ledger(study, range(arguments.seeds), out)
+    workshop = Workshop(study, out, arguments.work or Path("runs") / f"science-{study.preset}", say)
+    step = arguments.step_ms / 1e3
+    # a training step costs three forward passes of the batch
+    forward = arguments.forward_us / 1e6 if arguments.forward_us else step / (3 * study.common().train.batch)
+    assumed = Rates(step, forward, arguments.score_s)
+    command = shlex.join(["python", "-m", "bench.science.study", *arguments.words])
+    if arguments.dry_run:
+        show_plan(ledger, workshop, numbers, measured_rates(ledger, workshop.hardware, assumed), say)
+        return 0
+    if not arguments.report:
+        workshop.scoring("pair")  # data and weights that are missing must not become failed runs
+        worker = Worker(ledger, workshop, command, arguments.keep, say)
+        left = work(worker, numbers, assumed, arguments.seconds, say)
+        if left:
+            say(f"{len(left)} jobs left; the same command goes on")
+    say(f"wrote {write_reports(ledger, numbers, command)}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = []
+    for part in text.split(","):
+        if part.strip() not in map(str, QUESTIONS):
+            raise unknown_name("--questions", part, map(str, QUESTIONS))
+        numbers.append(int(part))
+    return list(dict.fromkeys(numbers))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; 0 done, 2 bad input, 75 stopped by a signal."""
+    words = list(sys.argv[1:] if words is None else words)
+    arguments = parser().parse_args(words)
+    arguments.words = words
+    try:
+        return run(arguments)
+    except UserError as error:
+        print(f"science: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt):
+        print("science: interrupted; the same command goes on", file=sys.stderr)
+        return 75
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""One file per subject, each with ``run(bench)``; this order is the order of importance in a limited session."""
+
+SUBJECTS = (
+    "noising",
+    "loss",
+    "adaln",
+    "qknorm_rope",
+    "swiglu",
+    "attention",
+    "optimizer",
+    "step",
+    "schedule_overhead",
+    "block",
+    "memory",
+    "sampling",
+    "probe",
+    "data",
+)

@@ -1,0 +1,45 @@
+"""RMSNorm with modulation, and the gated residual with the next norm."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.harness import Bench, Operation
+from bench.subjects.common import Random, dtypes, short, sizes, variants
+
+
+def run(bench: Bench) -> None:
+    size, batch = sizes(bench), 2 if bench.small else 256
+    tokens, width = size["tokens"], size["width"]
+    for dtype in dtypes(bench):
+        plane = batch * tokens * width * dtype.itemsize
+
+        def plain(seed: int, batch: int, dtype: torch.dtype = dtype, backward: bool = False) -> list:
+            random = Random(bench.device, seed, dtype)
+            x = random(batch, tokens, width, grad=backward)
+            weight = (1 + random(width, dtype=torch.float32, scale=0.1).detach()).requires_grad_(backward)
+            shift, scale = (random(batch, width, grad=backward, scale=0.5) for _ in range(2))
+            return [x, weight, shift, scale, *([[random(batch, tokens, width)]] if backward else [])]
+
+        def gated(seed: int, batch: int, dtype: torch.dtype = dtype, backward: bool = False) -> list:
+            random = Random(bench.device, seed + 1000, dtype)
+            x, *rest = plain(seed, batch, dtype, backward)
+            y, gate = random(batch, tokens, width, grad=backward), random(batch, width, grad=backward)
+            douts = [[random(batch, tokens, width) for _ in range(2)]] if backward else []
+            return [x, y, gate, *rest[:3], *douts]
+
+        shape = f"[{batch}, {tokens}, {width}]"
+        # planes of [B, N, D] that must move: forward, then forward and backward
+        for name, make, moved in (
+            ("rmsnorm_modulate", plain, (2, 2 + 3)),
+            ("gated_rmsnorm_modulate", gated, (4, 4 + 6)),
+        ):
+            for backward in (False, True):
+                bench.operation(
+                    Operation(
+                        *("adaln", f"{name.split('_')[0]} {'fwd+bwd' if backward else 'fwd'}", shape, short(dtype)),
+                        variants(bench, f"adaln {name}", name, backward),
+                        lambda seed, batch, make=make, backward=backward: make(seed, batch, backward=backward),
+                        *(batch, moved[backward] * plane),
+                    )
+                )

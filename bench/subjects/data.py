@@ -1,0 +1,158 @@
+"""Batches of latents, from memory and from shards on a disk, and crops from JPEGs: against what a step asks for.
+
+A pass over a loader is timed from its first batch to its last: starting it is left out, and what it prepared ahead by
+then is what it goes on preparing.  Files are new, hence in the page cache: this is not the speed of a disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from bench.harness import Bench, Summary, WrongResult, summarize
+from fastasync.data import LatentSet, batch_indices
+from fastasync.data.shard_loader import ShardLatents
+from fastasync.data.shards import Encoding, begin, finish, write_shard
+from fastasync.errors import UserError, require
+from fastasync.images import ImageLoader, open_images, open_source
+
+Loader = Callable[[], Iterator[Any]]
+PASSES = 5  # at most: they are long
+DECIBELS = {"dali cpu": 54.0, "dali gpu": 40.0}  # the least PSNR of a crop to 256, as tests/images/test_dali.py has it
+
+
+def run(bench: Bench) -> None:
+    memory(bench)
+    for case in (shards, jpegs):
+        if not bench.time_is_up(f"data, {case.__name__}"):
+            with tempfile.TemporaryDirectory() as folder:
+                case(bench, Path(folder))
+
+
+def memory(bench: Bench) -> None:
+    count, batch, grid = (256, 32, 4) if bench.small else (65536, 256, 16)
+    z = torch.randn(count, 48, grid, grid, device=bench.device)
+    labels = torch.randint(1000, (count,), device=bench.device)
+    latents = LatentSet(z, labels, 1000, z.flip(-1))
+    step = [0]
+
+    def load() -> None:
+        where = batch_indices(step[0], batch, count, 0)
+        step[0] += 1
+        flips = (torch.arange(batch, device=bench.device) % 2).bool()
+        latents.batch(where.to(bench.device), flips)
+
+    times = summarize(bench.interleaved({"memory": load}, warm=2)["memory"])
+    nbytes, shape = 2 * batch * 48 * grid**2 * 4, f"[{batch}, 48, {grid}, {grid}]"
+    bench.add("data", "batch", "in memory", shape, "float32", times, nbytes=nbytes, images=batch)
+
+
+def passes(bench: Bench, loaders: Mapping[str, Loader], batches: int) -> dict[str, Summary]:
+    """Milliseconds a batch, of loaders of ``batches`` batches; by turns."""
+
+    def turns(make: Loader) -> Iterator[Any]:  # of which every other one is timed
+        while True:
+            loader = make()
+            yield next(loader)
+            yield deque(loader, maxlen=0)
+
+    calls = {name: turns(make).__next__ for name, make in loaders.items()}
+    times = bench.interleaved(calls, rounds=min(bench.rounds, PASSES))
+    return {name: summarize([ms / (batches - 1) for ms in values]) for name, values in times.items()}
+
+
+class OpensEachSample(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """What the peers' loaders do: open the shard, slice one sample, normalise it."""
+
+    def __init__(self, folder: Path, latents: ShardLatents):
+        self.folder, self.encoding = folder, latents.index.encoding
+        statistics = latents.statistics
+        self.mean, self.std = (torch.tensor(v).reshape(-1, 1, 1) for v in (statistics.mean, statistics.std))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        shard, row = divmod(index, self.encoding.shard_size)
+        with safe_open(self.folder / self.encoding.file(shard), framework="pt", device="cpu") as file:
+            parts = [file.get_slice(f"latents.{name}")[row] for name in self.encoding.names]
+            return (torch.cat(parts) - self.mean) / self.std, file.get_slice("labels")[row : row + 1][0]
+
+
+def shards(bench: Bench, folder: Path) -> None:
+    """imagenet256-xl's latents on one thread; the aim is 5 times a loader that opens each sample."""
+    count, batch, size = (512, 64, 32) if bench.small else (4096, 256, 256)
+    names, channels, classes = ("texture", "semantic"), (32, 16), tuple("0123456789")
+    encoding = Encoding("-", count, 0, classes, (3, 256, 256), 16, names, channels, ("-", "-"), False, "float32", size)
+    begin(folder, encoding)
+    for shard in range(encoding.shards):
+        tensors = {name: torch.randn(shape) for name, (_, shape) in encoding.tensors(size).items() if name != "labels"}
+        write_shard(folder, encoding, shard, tensors | {"labels": torch.randint(10, (size,))})
+    finish(folder, encoding)
+    batches = [batch_indices(step, batch, count, 0) for step in range(min(count // batch, 9))]
+    latents = ShardLatents(folder, bench.device)
+    opens, order = OpensEachSample(folder, latents), [indices.tolist() for indices in batches]
+    loader = torch.utils.data.DataLoader(opens, batch_sampler=order, pin_memory=bench.device.type == "cuda")
+
+    def ahead() -> Iterator[Any]:
+        latents.prefetch(lambda n: (batches[n], None), 0, len(batches), workers=1)
+        yield from map(latents.batch, batches)
+        latents.close()
+
+    loaders: dict[str, Loader] = {
+        "opens each sample": lambda: ([part.to(bench.device, non_blocking=True) for part in pair] for pair in loader),
+        "shards, direct": lambda: map(latents.batch, batches),
+        "shards, ahead": ahead,
+    }
+    for (truth, labels), *others in zip(*(list(make()) for make in loaders.values())):
+        if not all(torch.allclose(z, truth, 1e-6, 1e-6) and torch.equal(y, labels) for z, y in others):
+            raise WrongResult("data, cached latents: not the samples of the files")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = passes(bench, loaders, len(batches))
+    torch.set_num_threads(threads)
+    for name, found in times.items():
+        note = f"{times['opens each sample'].median / found.median:.1f} times opening each sample"
+        bench.add("data", "cached latents", name, f"[{batch}, 48, 16, 16]", "float32", found, images=batch, note=note)
+
+
+def jpegs(bench: Bench, folder: Path) -> None:
+    """JPEGs of ImageNet's usual size, 500 x 375, cut from scikit-learn's photographs: decoded, ADM's crop to 256."""
+    count, batch, batches = (16, 16, 5) if bench.small else (512, 256, 17)
+    (folder / "class").mkdir()
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
+    for number in range(count):
+        left, top = 11 * number % 140, 7 * number % 52
+        crop = photos[number % 2].crop((left, top, left + 500, top + 375))
+        crop.save(folder / "class" / f"{number}.jpg", quality=(90, 95)[number // 2 % 2], subsampling=2)
+    source, names = open_source(folder), ["pillow"]
+    try:
+        require("nvidia.dali", "dali")
+        names += ["dali cpu"] if bench.small else ["dali cpu", "dali gpu"]
+    except UserError as error:
+        bench.skip("data, JPEG decoding with DALI", str(error))
+
+    def crops(name: str, order: Tensor) -> ImageLoader:
+        device = "cuda" if name == "dali gpu" else "cpu"
+        return open_images(source, 256, batch, "pil" if name == "pillow" else "dali", order=order, device=device)
+
+    order = torch.arange(batch * batches) % count
+    loaders = {name: crops(name, order) for name in names}
+    notes = {name: f"{loaders[name].workers} threads" for name in names}
+    for name in names[1:]:
+        pairs = zip(crops(name, order[:count]), crops("pillow", order[:count]))
+        errors = [(one.images.cpu() - other.images.double()).square().mean((1, 2, 3)) for one, other in pairs]
+        decibels = 10 * torch.log10(255**2 / torch.cat(errors))
+        if not decibels.min() >= DECIBELS[name]:
+            raise WrongResult(f"{name}: {decibels.min():.1f} dB to Pillow's crop, must be {DECIBELS[name]} or more")
+        notes[name] += f", PSNR to Pillow's {decibels.min():.1f} to {decibels.max():.1f} dB"
+    times = passes(bench, {name: loader.__iter__ for name, loader in loaders.items()}, batches)
+    for name, found in times.items():
+        shape = f"[{batch}, 3, 256, 256]"
+        bench.add("data", "JPEG to 256", name, shape, "uint8", found, images=batch, note=notes[name])

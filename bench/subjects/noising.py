@@ -1,0 +1,36 @@
+"""The noised state in one pass: ``x = (1 - tau) eps + tau z``, the noise drawn in the kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.harness import Bench, Operation
+from bench.subjects.common import CHANNELS, Random, short, variants
+
+
+def run(bench: Bench) -> None:
+    grid, batches = (4, (4,)) if bench.small else (16, (256, 8192))
+    for batch in batches:
+        for dtype, out in (
+            [(torch.float32, torch.float32)]
+            if bench.small
+            else [
+                (torch.float32, torch.bfloat16),
+                (torch.bfloat16, torch.bfloat16),
+            ]
+        ):
+
+            def make(seed: int, batch: int, dtype: torch.dtype = dtype) -> list:
+                random = Random(bench.device, seed, dtype)
+                z = random(batch, sum(CHANNELS), grid, grid)
+                return [z, random.unit(batch, 2), CHANNELS, 7, 3, torch.arange(batch, device=bench.device)]
+
+            numbers = batch * sum(CHANNELS) * grid**2
+            bench.operation(
+                Operation(
+                    *("noising", "forward", f"[{batch}, 48, {grid}, {grid}]", f"{short(dtype)} to {short(out)}"),
+                    variants(bench, "noising", "noising", False, dtype=out),
+                    *(make, batch),
+                    nbytes=numbers * (dtype.itemsize + out.itemsize),
+                )
+            )

@@ -1,0 +1,93 @@
+"""A whole training step (times, noising, network, loss, backward, clip, AdamW, EMA): PyTorch compiled, and ours."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from bench.harness import Bench, summarize
+from bench.workload import Work, configuration, latents, learned_schedule, make_work
+from fastasync.errors import UserError
+from fastasync.model import train_flops
+
+# size, batch, variants; the order is that of importance
+PLANS = (
+    ("XL", 256, ("pytorch regional", "ours regional", "ours fp8")),
+    ("cifar10", 256, ("pytorch whole", "ours whole", "ours graph")),
+    ("B", 256, ("pytorch regional", "ours regional")),
+    ("XL", 256, ("pytorch whole", "ours whole")),
+    ("S", 256, ("pytorch regional", "ours regional")),
+    ("L", 256, ("pytorch regional", "ours regional")),
+)
+
+
+def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, ...]) -> dict[str, Work]:
+    """The variants' steps, on shared parameters; what cannot run here is left out and said."""
+    works: dict[str, Work] = {}
+    data = None
+    for name in names:
+        label = f"{subject} {size} {name}"
+        if bench.time_is_up(label):
+            break
+        try:
+            config = configuration(size, batch, name)
+            data = data or latents(config, bench.device)
+            work = make_work(config, bench.device, data, list(works.values()))
+            for _ in range(5):  # compiles, tunes, makes the optimizer's state, records
+                loss = work.step(learned_schedule(config))
+            if not bool(torch.isfinite(loss).all()):
+                raise ArithmeticError(f"the loss is {loss.tolist()}")
+        except UserError as error:
+            bench.skip(label, str(error))
+            continue
+        except Exception as error:  # out of memory, a compiler's failure: one variant must not end the session
+            bench.skip(label, f"{type(error).__name__}: {str(error)[:200]}")
+            continue
+        works[name] = work
+    return works
+
+
+def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def]
+    """GiB that one call of ``call`` needs at its peak, weights and optimizer included."""
+    if bench.device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def run(bench: Bench, plans: tuple = PLANS) -> None:
+    small = (("tiny", 8, ("pytorch eager", "ours eager", "ours fp8", "ours graph")),)  # compiling for a CPU is slow
+    for size, batch, names in small if bench.small else plans:
+        if bench.time_is_up(f"step {size} {', '.join(names)}"):
+            continue
+        works = build(bench, "step", size, batch, names)
+        calls = {}
+        for name, work in works.items():
+            schedule = learned_schedule(work.config)
+            calls[name] = lambda work=work, schedule=schedule: work.step(schedule)
+        if not calls:
+            continue
+        # several variants hold several optimizers' states: their peaks would mean nothing (see the subject memory)
+        memory = {name: peak_gib(bench, call) if len(calls) == 1 else None for name, call in calls.items()}
+        # two variants' activations do not fit side by side: the first steps of a turn pay for memory, and are not timed
+        free = torch.cuda.empty_cache if bench.device.type == "cuda" else None
+        times = bench.interleaved(calls, rounds=min(bench.rounds, 4), warm=2, inner=5, before=free)
+        for name, work in works.items():
+            model, reps = work.engine.model, work.config.representations
+            bench.add(
+                *("step", size, name, f"batch {batch}, {sum(reps.channels)}x{reps.grid}x{reps.grid}"),
+                *(str(work.config.train.precision), summarize(times[name])),
+                flops=train_flops(model) * batch,
+                images=batch,
+                gib=memory[name],
+                note=f"attention {model._ops.attention}" if model._ops else "",
+            )
+        del works, calls
+        torch._dynamo.reset()
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,135 @@
+"""Whole training steps for the benchmarks: the production engine on random latents."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastasync.config import Config, config_from_dict
+from fastasync.presets import preset
+from fastasync.schedule import ConvexSchedule, Schedule, named_schedule
+from fastasync.training.build import build_model, build_objective, choose_ops
+from fastasync.training.engine import PlainEngine
+from fastasync.training.graph import Part
+from fastasync.training.loop import learning_rate
+from fastasync.training.step import step_function
+
+PYTORCH = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"optimizer": "torch"}}
+OURS = {"model": {"kernels": "auto", "attention": "auto"}, "train": {"optimizer": "auto"}}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "pytorch eager": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "off"}},
+    "pytorch regional": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "regional"}},
+    "pytorch whole": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "model"}},
+    "ours eager": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off"}},
+    "ours regional": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional"}},
+    "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
+    "ours fp8": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional", "precision": "fp8"}},
+    "ours graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model", "cuda_graph": "on"}},
+}
+
+
+def configuration(size: str, batch: int, variant: str) -> Config:
+    """``S`` to ``XL`` at 48x16x16 with REPA, ``cifar10`` (the preset), or ``tiny`` for a CPU."""
+    if size == "tiny":
+        base = config_from_dict(
+            {
+                "representations": {"channels": [4, 2], "grid": 4},
+                "model": {"depth": 2, "width": 32, "heads": 2, "repa_width": 12},
+                "objective": {"repa_weight": 1.0},
+                "probe": {"budget": 0.25, "batch": 8},
+            }
+        )
+    elif size == "cifar10":
+        base = preset("cifar10")
+    else:
+        base = config_from_dict({"model": {"size": size}}, preset("imagenet256-xl"))
+    changes = VARIANTS[variant]
+    train = {**changes["train"], "batch": batch, "memory": "none", "clip": 1.0, "warmup": 0}
+    return config_from_dict({"model": changes["model"], "train": train}, base)
+
+
+def learned_schedule(config: Config) -> Schedule:
+    """A convex schedule as the probe makes them, with fixed, uneven weights."""
+    reps = config.representations
+    schedule = ConvexSchedule(reps.names, reps.roles)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        schedule.logits.copy_(torch.randn(schedule.logits.shape, generator=generator, dtype=torch.float64))
+    return schedule.requires_grad_(False)
+
+
+def synchronous(config: Config) -> Schedule:
+    return named_schedule("synchronous", config.representations.names, config.representations.roles)
+
+
+def share_parameters(target: nn.Module, source: nn.Module) -> None:
+    """Make ``target`` use the parameters of ``source``, so that variants do not each hold an optimizer's state."""
+    modules = dict(source.named_modules())
+    for name, module in target.named_modules():
+        for key in list(module._parameters):
+            module._parameters[key] = modules[name]._parameters[key]
+
+
+class Work(NamedTuple):
+    """A variant's training step: ``step(schedule)`` runs one; ``engine`` and ``config`` as in training."""
+
+    config: Config
+    engine: PlainEngine
+    step: Callable[[Schedule], Tensor]
+
+
+def latents(config: Config, device: torch.device, sets: int = 4) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Normal latents, labels and REPA features of ``sets`` batches, on the device."""
+    generator = torch.Generator(device).manual_seed(0)
+    reps, model, batch = config.representations, config.model, config.train.batch
+    made = []
+    for _ in range(sets):
+        z = torch.randn(batch, sum(reps.channels), reps.grid, reps.grid, device=device, generator=generator)
+        y = torch.randint(model.classes, (batch,), device=device, generator=generator)
+        features = None
+        if config.objective.repa_weight:
+            tokens = (reps.grid // model.patch) ** 2
+            features = torch.randn(batch, tokens, model.repa_width, device=device, generator=generator)
+            features = features.to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        made.append((z, y, features))
+    return made
+
+
+def make_work(
+    config: Config,
+    device: torch.device,
+    data: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    like: Sequence[Work] = (),
+) -> Work:
+    """A variant's step.  ``like``: share these variants' parameters, and the optimizer of one of the same kind."""
+    torch.manual_seed(0)
+    engine = PlainEngine(build_model(config), config, device)
+    if like:
+        share_parameters(engine.model, like[0].engine.model)
+        alike = [work.engine.optimizer for work in like if type(work.engine.optimizer) is type(engine.optimizer)]
+        for group, other in zip(engine.optimizer.param_groups, like[0].engine.optimizer.param_groups):
+            group["params"] = other["params"]
+        engine.optimizer = alike[0] if alike else engine.optimizer
+    objective, ops = build_objective(config), choose_ops(config.model.kernels, device)
+    (where,) = engine.positions()
+    compute = step_function(engine, config, objective, ops, [where.to(device)])
+    clocks: dict[Schedule, tuple[Any, Iterator[int]]] = {}  # of each schedule: its times by step, its steps so far
+
+    def step(schedule: Schedule) -> Tensor:
+        if schedule not in clocks:
+            drawn = objective.times_by_step(schedule, seed=config.data.seed, samples=where, total=config.train.batch)
+            clocks[schedule] = drawn, itertools.count()
+        times_at, steps = clocks[schedule]
+        number = next(steps)
+        z, y, features = data[number % len(data)]
+        times = times_at(number).to(device)
+        values, _ = engine.run(
+            compute, number, [Part(z, y, times.tau, times.weight, features)], learning_rate(config, 0)
+        )
+        return values
+
+    return Work(config, engine, step)

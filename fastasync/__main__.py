@@ -1,0 +1,7 @@
+"""``python -m fastasync``."""
+
+import sys
+
+from fastasync.cli import main
+
+sys.exit(main())

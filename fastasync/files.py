@@ -1,0 +1,102 @@
+"""Files that a crash never leaves half-written, and that are read back only when their hash is right."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastasync.errors import UserError
+
+PARTIAL = ".partial"  # suffix of a file that is still being written (and of what a killed process leaves)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; on success it is fsynced and renamed to ``path``, else removed.
+
+    Raises UserError when there is no space or no permission; ``path`` is then as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports the operating system's error as text only
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise UserError(
+                str(path), "no space left on the device", "free some and run the same command again"
+            ) from None
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(str(path), error.strerror, "choose a folder that can be written to") from None  # type: ignore[union-attr]
+        raise
+    finally:
+        with suppress(NotADirectoryError):  # a file stands where the folder should be
+            partial.unlink(missing_ok=True)
+
+
+def remove_partials(directory: str | Path) -> None:
+    """Remove what a killed process left of unfinished files in ``directory``."""
+    for leftover in Path(directory).glob(f".*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically (NaN and infinity refused)."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file atomically; returns its SHA-256."""
+    with atomic_path(path) as partial:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        partial.chmod(0o644)  # safetensors makes it readable by its owner only
+        digest = sha256_file(partial)
+    return digest
+
+
+def load_tensors(path: str | Path, sha256: str, remedy: str) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.  UserError (naming the file, with ``remedy``) when missing or altered."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(str(path), "missing", remedy)
+    found = sha256_file(path)
+    if found != sha256:
+        raise UserError(str(path), f"hash {found[:12]}, expected {sha256[:12]} (truncated or altered)", remedy)
+    return load_file(path)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], *facts: object) -> str:
+    """SHA-256 over named tensors (name, dtype, shape, bytes; sorted by name) and JSON-able ``facts``."""
+    state = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous()
+        state.update(f"\n{name} {array.dtype} {tuple(array.shape)}\n".encode())
+        state.update(array.flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -1,0 +1,32 @@
+"""The velocity network: the LightningDiT family, its embeddings, its cost, and published weights."""
+
+from fastasync.model.dit import SIZES, LightningDiT, Size
+from fastasync.model.embeddings import drop_labels, short_name
+from fastasync.model.flops import (
+    MemoryEstimate,
+    activation_memory,
+    forward_flops,
+    memory_estimate,
+    memory_with_zero,
+    parameter_count,
+    train_flops,
+)
+from fastasync.model.importer import export_state, load_into, load_state
+
+__all__ = [
+    "SIZES",
+    "LightningDiT",
+    "MemoryEstimate",
+    "Size",
+    "activation_memory",
+    "drop_labels",
+    "export_state",
+    "forward_flops",
+    "load_into",
+    "load_state",
+    "memory_estimate",
+    "memory_with_zero",
+    "parameter_count",
+    "short_name",
+    "train_flops",
+]

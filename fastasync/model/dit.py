@@ -1,0 +1,371 @@
+"""LightningDiT with one noising time per representation: the velocity network v(x, tau, y).
+
+State-dict names and numerics are those of LightningDiT and SFD, so that their published checkpoints load strictly.  The
+blocks are written for fused operations: a block hands on its last branch without adding it, and the next norm (the next
+block's, or the final layer's) adds it in the same pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import fastasync_kernels
+import torch
+from fastasync_kernels import attention as kernels_attention
+from torch import Tensor, nn
+
+from fastasync.errors import UserError
+from fastasync.model.embeddings import (
+    LabelEmbedding,
+    PatchEmbedding,
+    RotaryTables,
+    TimeEmbedding,
+    position_table,
+    rope_tables,
+    short_name,
+    unpatchify,
+)
+from fastasync.model.recompute import RECOMPUTE, recomputed
+
+REPA_HIDDEN = 2048
+KERNELS = ("reference", "triton", "auto")
+ATTENTION = ("auto", *kernels_attention.BACKENDS)
+
+
+class Size(NamedTuple):
+    depth: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "S": Size(12, 384, 6),
+    "B": Size(12, 768, 12),
+    "L": Size(24, 1024, 16),
+    "XL": Size(28, 1152, 16),
+    "1p0B": Size(24, 1536, 24),
+    "1p6B": Size(28, 1792, 28),
+}
+
+
+class Ops(NamedTuple):
+    """The fused operations that the network uses; signatures in ``fastasync_kernels.reference``.
+
+    Functions, not the module that holds them: a model must survive ``copy.deepcopy`` and pickling.  ``attention`` is
+    the name of a backend: chosen outside of torch.compile, constant inside.
+    """
+
+    rmsnorm_modulate: Callable[..., Any]
+    gated_rmsnorm_modulate: Callable[..., Any]
+    qknorm_rope: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    attention: str
+
+
+def select_ops(kernels: str, device: torch.device, attention: str = "sdpa") -> Ops:
+    """The implementation of the fused operations for a device; ``kernels`` is one of ``KERNELS``.
+
+    Raises a UserError where it cannot run there.
+    """
+    kind = "reference" if device.type == "meta" else kernels  # the meta device computes shapes only
+    try:
+        chosen = fastasync_kernels.select(kind, device)
+    except fastasync_kernels.KernelUnavailable as error:
+        raise UserError("model.kernels", kernels, str(error)) from error
+    return Ops(**{name: getattr(chosen, name) for name in Ops._fields[:-1]}, attention=attention)
+
+
+class RMSNorm(nn.Module):
+    """The weight [width] of an RMSNorm; the fused operations compute it together with their neighbours."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with QK-norm over each head and RoPE: h [B, N, width] -> [B, N, width]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> Tensor:
+        # q, k and v lie in memory as [B, N, heads, Dh]: every fused backend reads that and writes the same, no copies
+        q, k, v = ops.qknorm_rope(self.qkv(h), self.q_norm.weight, self.k_norm.weight, cos, sin, self.heads)
+        return self.proj(kernels_attention.attention(q, k, v, ops.attention).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, h: Tensor, ops: Ops) -> Tensor:
+        return self.w3(ops.swiglu(self.w12(h)))
+
+
+class Block(nn.Module):
+    """adaLN transformer block.  It carries (x, y, gate), which stands for the residual stream ``x + gate y``.
+
+    Inputs: x [B, N, width]; y and gate ([B, N, width], [B, width]) the previous block's last branch, or both None;
+    condition [B, width]; RoPE tables cos, sin [N, Dh].  Returns the same triple for the next block.
+    ``recompute`` says what the backward pass computes again (fastasync.model.recompute).
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = SelfAttention(width, heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.recompute = "none"
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.compute(*inputs)
+        return recomputed(self.recompute, self.compute, *inputs)
+
+    def compute(
+        self, x: Tensor, y: Tensor | None, gate: Tensor | None, condition: Tensor, cos: Tensor, sin: Tensor, ops: Ops
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        if y is None:
+            h = ops.rmsnorm_modulate(x, self.norm1.weight, shift1, scale1)
+        else:
+            x, h = ops.gated_rmsnorm_modulate(x, y, gate, self.norm1.weight, shift1, scale1)
+        y = self.attn(h, cos, sin, ops)
+        x, h = ops.gated_rmsnorm_modulate(x, y, gate1, self.norm2.weight, shift2, scale2)
+        return x, self.mlp(h, ops), gate2
+
+
+class FinalLayer(nn.Module):
+    """Ends the last block and maps tokens to latent pixels: [B, N, width] -> [B, N, patch * patch * channels]."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor, condition: Tensor, ops: Ops) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(ops.gated_rmsnorm_modulate(x, y, gate, self.norm_final.weight, shift, scale)[1])
+
+
+class LightningDiT(nn.Module):
+    """Velocity network of K representations that share one token grid.
+
+    Args:
+        channels: channels of each representation, in the bundle's order (texture first, semantic last).
+        names: their names, in the same order; each has its own time embedding.
+        grid: height and width of the latents.
+        classes: number of classes; label ``classes`` is the null class.
+        depth, width, heads: as in ``SIZES``, or any other with width divisible by 4 and head width by 4.
+        patch: side of a patch; the network sees (grid / patch)^2 tokens.
+        repa_width: width of the features that the REPA projector predicts (768 for DINOv2-B), or None for none.
+        repa_depth: the number of blocks after which the projector reads the tokens.
+        kernels: ``reference``, ``triton`` or ``auto``: who computes the fused operations.  Changes no checkpoint.
+        attention: a backend of ``fastasync_kernels.attention``, or ``auto``: sdpa until ``choose_attention`` measures.
+
+    Weights are float32; under autocast the residual stream is kept in the autocast dtype, norms in float32.
+
+    Raises:
+        UserError: sizes that do not divide, or names that cannot be told apart.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        channels: Sequence[int],
+        names: Sequence[str],
+        grid: int,
+        classes: int,
+        depth: int,
+        width: int,
+        heads: int,
+        patch: int = 1,
+        repa_width: int | None = None,
+        repa_depth: int = 2,
+        kernels: str = "reference",
+        attention: str = "auto",
+    ):
+        super().__init__()
+        _check(channels, names, grid, depth, width, heads, patch, repa_width, repa_depth, kernels, attention)
+        self.channels, self.names = tuple(channels), tuple(names)
+        self.grid, self.classes, self.depth, self.width, self.heads = grid, classes, depth, width, heads
+        self.patch, self.repa_width, self.repa_depth, self.kernels = patch, repa_width, repa_depth, kernels
+        self.attention = attention
+        total, tokens = sum(channels), grid // patch
+
+        self.x_embedder = PatchEmbedding(total, width, patch)
+        self.register_buffer("pos_embed", position_table(width, tokens))
+        # An even split; the first representation takes the remainder.
+        share = width // len(names)
+        widths = [width - share * (len(names) - 1)] + [share] * (len(names) - 1)
+        if len(names) == 1:
+            self._times = ["t_embedder"]
+        else:
+            self._times = [f"t_embedder_{short_name(name)}" for name in names]
+        for name, part in zip(self._times, widths):
+            self.add_module(name, TimeEmbedding(part))
+        self.y_embedder = LabelEmbedding(classes, width)
+        self.feat_rope = RotaryTables(width // heads, tokens)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch * patch * total)
+        self.repa_projector: nn.Sequential | None = None
+        if repa_width is not None:
+            self.repa_projector = nn.Sequential(
+                nn.Linear(width, REPA_HIDDEN),
+                nn.SiLU(),
+                nn.Linear(REPA_HIDDEN, REPA_HIDDEN),
+                nn.SiLU(),
+                nn.Linear(REPA_HIDDEN, repa_width),
+            )
+        self.initialize()
+        self._ops = self._available_ops()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Set weights and tables to their initial values (after ``to_empty`` too), drawing from torch's generator.
+
+        Xavier-uniform linears with zero bias, normal 0.02 for the label table and the time MLPs, zero adaLN and output
+        layers: the velocity is zero and every block is the identity.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for module in self.modules():
+            if isinstance(module, TimeEmbedding):
+                for name in ("mlp.0.weight", "mlp.2.weight"):
+                    nn.init.normal_(module.get_parameter(name), std=0.02)
+            elif isinstance(module, Block | FinalLayer):
+                _zero(module.adaLN_modulation[1])
+        _zero(self.final_layer.linear)
+        self.pos_embed.copy_(position_table(self.width, self.grid // self.patch))
+        cos, sin = rope_tables(self.width // self.heads, self.grid // self.patch)
+        self.feat_rope.freqs_cos.copy_(cos)
+        self.feat_rope.freqs_sin.copy_(sin)
+
+    def _available_ops(self) -> Ops | None:
+        try:
+            return select_ops(self.kernels, self.pos_embed.device, self._attention())
+        except UserError:
+            return None  # a model is built before it is moved to its device; forward raises if it still cannot run
+
+    def _attention(self) -> str:
+        return "sdpa" if self.attention == "auto" else self.attention
+
+    def choose_attention(self, batch: int, dtype: torch.dtype, gradient: bool = True) -> str:
+        """Fix the attention backend for this model's device, ``batch`` samples, ``dtype`` and direction; returns it.
+
+        Call it before the model is compiled or first run, again after it moved to another device.  With ``auto`` the
+        backends are measured once in a process (on CUDA).  Raises UserError when the named backend cannot run here.
+        """
+        tokens = (self.grid // self.patch) ** 2
+        shape = (batch, self.heads, tokens, self.width // self.heads)
+        try:
+            chosen = kernels_attention.resolve_backend(self.attention, self.pos_embed.device, dtype, shape, gradient)
+        except kernels_attention.BackendUnavailable as error:
+            raise UserError("model.attention", self.attention, str(error)) from None
+        self._ops = select_ops(self.kernels, self.pos_embed.device, chosen)
+        return chosen
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass of every block computes again instead of keeping: one of ``RECOMPUTE``."""
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, not {what!r}")
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = what
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LightningDiT:
+        super()._apply(fn, recurse)
+        self._ops = self._available_ops()  # .to(device) may have changed who can compute them
+        return self
+
+    def conditioning(self, tau: Tensor, y: Tensor) -> Tensor:
+        """Time embeddings (reverse bundle order: semantic first) plus the label's: tau [B, K], y [B] -> [B, width]."""
+        parts = [getattr(self, name)(tau[:, k]) for k, name in enumerate(self._times)]
+        return torch.cat(parts[::-1], dim=1) + self.y_embedder(y)
+
+    def forward(self, x: Tensor, tau: Tensor, y: Tensor, return_repa: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Local velocities of all representations.
+
+        x [B, C, H, W] noised state; tau [B, K] local noising times (0 noise, 1 data); y [B] int64 labels.
+        Returns v [B, C, H, W] in float32 (float64 for a float64 model), and with ``return_repa`` also the projected
+        tokens [B, N, repa_width] in the same precision.
+        """
+        ops = self._ops if self._ops is not None else select_ops(self.kernels, x.device, self._attention())
+        cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin
+        condition = self.conditioning(tau, y)
+        stream: Tensor = self.x_embedder(x)
+        stream = stream + self.pos_embed.to(stream.dtype)
+        branch: Tensor | None = None
+        gate: Tensor | None = None
+        repa: Tensor | None = None
+        for index, block in enumerate(self.blocks, start=1):
+            stream, branch, gate = block(stream, branch, gate, condition, cos, sin, ops)
+            if return_repa and index == self.repa_depth:
+                repa = self._project(stream + gate[:, None] * branch)
+        v = unpatchify(self.final_layer(stream, branch, gate, condition, ops), self.patch, sum(self.channels))
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        return v if repa is None else (v, repa)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        if self.repa_projector is None:
+            raise ValueError("return_repa needs a model with a REPA projector (repa_width=768)")
+        projected = self.repa_projector(tokens)
+        return projected.to(torch.promote_types(projected.dtype, torch.float32))
+
+
+def _zero(linear: nn.Module) -> None:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _check(
+    channels: Sequence[int],
+    names: Sequence[str],
+    grid: int,
+    depth: int,
+    width: int,
+    heads: int,
+    patch: int,
+    repa_width: int | None,
+    repa_depth: int,
+    kernels: str,
+    attention: str,
+) -> None:
+    """Raise a UserError for the first argument that cannot make a model."""
+    if len(channels) != len(names) or not names or min(channels) < 1:
+        raise UserError("model.channels", list(channels), f"needs one positive number for each of {list(names)}")
+    if len({short_name(name) for name in names}) != len(names) or not all(name.isidentifier() for name in names):
+        raise UserError("model.names", list(names), "needs distinct names of letters, digits and underscores")
+    if depth < 1 or patch < 1 or grid < patch or grid % patch:
+        raise UserError("model.patch", patch, f"must divide the latent grid {grid}, with depth {depth} at least 1")
+    if width < 4 or width % 4 or heads < 1 or width % (4 * heads):
+        raise UserError("model.width", width, f"must be a multiple of 4 x heads (here 4 x {heads})")
+    if repa_width is not None and not 1 <= repa_depth <= depth:
+        raise UserError("model.repa_depth", repa_depth, f"must lie between 1 and the depth {depth}")
+    if kernels not in KERNELS:
+        raise UserError("model.kernels", kernels, f"choose one of {', '.join(KERNELS)}")
+    if attention not in ATTENTION:
+        raise UserError("model.attention", attention, f"choose one of {', '.join(ATTENTION)}")

@@ -1,0 +1,42 @@
+"""Memory against time: what a block's backward pass computes again instead of keeping it from the forward pass.
+
+| name | numbers that a block keeps for each token | computed again |
+|---|---|---|
+| ``none`` | 12 widths + 3 hidden widths | nothing |
+| ``selective`` | 7 widths + 2 hidden widths: the products, attention, its inputs | norms, RoPE, SwiGLU |
+| ``full`` | 2 widths: its inputs | everything |
+
+``selective`` costs element-wise passes alone (a few per cent of a step), ``full`` a third of the step's FLOPs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+RECOMPUTE = ("none", "selective", "full")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+
+
+def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    """Keep what matrix products and attention give, whichever backend computes them."""
+    namespace, name = op.name().split("::") if hasattr(op, "name") else ("", str(op))
+    name = name.split(".")[0]
+    costly = name in _PRODUCTS or "attention" in name or "flash" in namespace + name or name == "fa4"
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(what: str, function: Callable[..., Any], *inputs: Any) -> Any:
+    """``function(*inputs)``, keeping for the backward pass what ``what`` says.  Draws no random numbers."""
+    options: dict[str, Any] = {}
+    if what == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def kept_numbers(what: str, width: int, hidden: int) -> int:
+    """Numbers a token that one block keeps: the table above."""
+    return {"none": 12 * width + 3 * hidden, "selective": 7 * width + 2 * hidden, "full": 2 * width}[what]

@@ -1,0 +1,32 @@
+"""Learning a schedule: joint training (A), loss surface (B), generation in the loop (C), budget, oracle."""
+
+from fastasync.probe.budget import Budget, BudgetExceeded, plan_probe
+from fastasync.probe.diagnostics import curl, curl_report, describe
+from fastasync.probe.gaussian import GaussianCase
+from fastasync.probe.generation import Scorer, candidate_family, search
+from fastasync.probe.learn import ProbeResult, learn_schedule, probe_plan
+from fastasync.probe.oracle import OraclePath, best_path
+from fastasync.probe.surface import LossSurface, line_loss, minimise, naive_loss, sweep
+
+__all__ = [
+    "Budget",
+    "BudgetExceeded",
+    "GaussianCase",
+    "LossSurface",
+    "OraclePath",
+    "ProbeResult",
+    "Scorer",
+    "best_path",
+    "candidate_family",
+    "curl",
+    "curl_report",
+    "describe",
+    "learn_schedule",
+    "line_loss",
+    "minimise",
+    "naive_loss",
+    "plan_probe",
+    "probe_plan",
+    "search",
+    "sweep",
+]

@@ -1,0 +1,396 @@
+"""One interface over the three estimators: latents in, a schedule and everything the report needs out.
+
+A folder holds ``probe.json`` (schedule, tables, budget), ``surface.npz`` (the fitted loss surface) and the trained
+probe network (B, C), from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastasync_kernels
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastasync.config import Config
+from fastasync.data import Latents
+from fastasync.densities import DENSITIES, Density
+from fastasync.errors import UserError
+from fastasync.files import atomic_path, digest_tensors, load_tensors, save_tensors, write_json
+from fastasync.model import LightningDiT, forward_flops
+from fastasync.probe.budget import FIT_SHARE, JOINT_STEP, Budget, Plan, plan_probe
+from fastasync.probe.diagnostics import curl_report, describe
+from fastasync.probe.generation import LEAST_SAMPLES, Scorer, candidate_family, search
+from fastasync.probe.joint import learn_jointly
+from fastasync.probe.network import Errors, autocast, build_probe, surface_errors, train_surface_probe
+from fastasync.probe.oracle import best_path
+from fastasync.probe.surface import LossSurface, sweep
+from fastasync.sampling.generate import initial_noise, sample_labels
+from fastasync.sampling.integrators import evaluations, integrate, uniform_grid
+from fastasync.schedule import Schedule, schedule_from_json
+
+RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
+MAX_FIT = 200_000  # errors to fit a surface of a few dozen coefficients to: more would not change it
+MIN_FIT = 512
+_LATTICE = {1: 65, 2: 33, 3: 17}  # points on each axis of the stored surface, by K
+_ORACLE_CELLS = {1: 128, 2: 128, 3: 32}
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the probe found.
+
+    Attributes:
+        schedule: the learned schedule.
+        estimator: A, B or C.
+        diagnostics: ``chosen`` (J, KE, lead, ...), ``curl`` (one row per pair), ``jumped``; ``noise`` of C's scores;
+            ``oracle`` on request.
+        candidates: C's table: label, samples, distance, history, lead, schedule.
+        sweep: B's table, one row per beta (for A the starts at its one beta).
+        budget: FLOPs and seconds by purpose.
+        surface: arrays for plotting: ``tau`` [n] axis, ``errors`` [n, ..., n, K] (empty for A).
+    """
+
+    schedule: Schedule
+    estimator: str
+    diagnostics: dict[str, Any]
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+    budget: dict[str, Any] = field(default_factory=dict)
+    surface: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def summary(self) -> list[str]:
+        """What to print: the choice, what decided it, and what it cost."""
+        chosen, spent = self.diagnostics["chosen"], self.budget["flops"]
+        loss = "" if chosen["objective"] is None else f"J {chosen['objective']:.4f} = loss {chosen['loss']:.4f} + "
+        lines = [
+            f"estimator {self.estimator}: {self.schedule.kind} schedule, lead {self.schedule.lead():.3f}",
+            f"{loss}beta {chosen['beta']:g} x KE {chosen['kinetic_energy']:.3f}, lam {chosen['lam']}",
+        ]
+        for row in self.diagnostics["curl"] or []:
+            first = row["first"] or "neither"
+            lines.append(f"curl of {' and '.join(row['pair'])}: {row['integral']:+.4f}, the loss wants {first} first")
+        for row in self.sweep:
+            jump = ", JUMP from the smaller beta" if row.get("jump") else ""
+            name = f"start {row['start']}" if "start" in row else f"beta {row['beta']:g}"
+            lines.append(
+                f"{name}: J {row['objective']:.4f}, KE {row['kinetic_energy']:.3f}, lead {row['lead']:.3f}{jump}"
+            )
+        for row in self.candidates:
+            lines.append(f"{row['label']}: distance {row['distance']:.4g} of {row['samples']} samples")
+        if "noise" in self.diagnostics:
+            lines.append(f"noise of a difference in distance: {self.diagnostics['noise']:.2g}")
+        parts = ", ".join(f"{what} {flops / self.budget['limit_flops']:.1%}" for what, flops in spent.items())
+        lines.append(f"budget {self.budget['label']}: {parts}; {self.budget['total_seconds']:.1f} s")
+        return lines
+
+    def save(self, folder: str | Path, fingerprint: str) -> None:
+        """Write surface.npz, then probe.json (whose presence means done), each atomically."""
+        folder = Path(folder)
+        if self.surface:
+            with atomic_path(folder / SURFACE) as partial, open(partial, "wb") as stream:
+                np.savez(stream, allow_pickle=False, **self.surface)
+        content = {name: getattr(self, name) for name in ("estimator", "diagnostics", "candidates", "sweep", "budget")}
+        write_json(folder / RESULT, {"fingerprint": fingerprint, "schedule": self.schedule.to_json(), **content})
+
+    @classmethod
+    def load(cls, folder: str | Path, fingerprint: str | None = None) -> ProbeResult | None:
+        """What ``save`` wrote, or None when there is nothing.
+
+        Raises UserError when the file is damaged or belongs to another configuration than ``fingerprint``.
+        """
+        folder = Path(folder)
+        content = _read_json(folder / RESULT, fingerprint)
+        if content is None:
+            return None
+        del content["fingerprint"]
+        surface: dict[str, np.ndarray] = {}
+        if (folder / SURFACE).exists():
+            with np.load(folder / SURFACE, allow_pickle=False) as arrays:
+                surface = dict(arrays)
+        schedule = schedule_from_json(content.pop("schedule"), source=str(folder / RESULT))
+        return cls(schedule, surface=surface, **content)
+
+
+def _read_json(path: Path, fingerprint: str | None) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        found = content["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", "remove it and run the probe again") from None
+    if fingerprint is not None and found != fingerprint:
+        raise UserError(
+            str(path), f"made by another configuration ({found})", "choose another --out, or remove the probe's folder"
+        )
+    return content
+
+
+def probe_loss_weights(config: Config) -> tuple[float, ...]:
+    """lam of A and B: ``probe.loss_weights``, or 1 for what lags or is free and 0 for what leads.
+
+    When everything leads there is nothing else to weigh: 1 for each.
+    """
+    lam = config.probe.loss_weights or tuple(0.0 if role == "leads" else 1.0 for role in config.representations.roles)
+    return lam if any(lam) else (1.0,) * len(lam)
+
+
+def chosen_beta(betas: Sequence[float]) -> float:
+    """The middle of ``probe.beta`` (the smaller of the two middle ones): the one that decides for A and B."""
+    return sorted(betas)[(len(betas) - 1) // 2]
+
+
+def probe_plan(config: Config, planned_flops: float, score_flops: float = 0.0) -> Plan:
+    """How the budget of this configuration would be divided; UserError when it is too small.
+
+    ``score_flops``: of C's features for one sample.
+    """
+    return _plan(config, forward_flops(build_probe(config, "meta")), planned_flops, score_flops)
+
+
+def _search_method(config: Config) -> str:
+    """C's sampler: the run's own, or Heun's in the place of an adaptive one, which has no fixed cost."""
+    return config.sample.integrator if evaluations(config.sample.integrator, 1) else "heun"
+
+
+def _sample_flops(config: Config, forward: float) -> float:
+    return forward * (evaluations(_search_method(config), config.probe.sampling_steps) or 0)
+
+
+def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
+    """``plan_probe``, where C must keep enough samples to compare schedules with."""
+    least = 0.0
+    if config.probe.estimator == "C":
+        samples = LEAST_SAMPLES * (_sample_flops(config, forward) + score_flops)
+        least = max(samples + MIN_FIT * forward, samples / (1 - FIT_SHARE))
+    return plan_probe(config.probe, forward, planned_flops, least)
+
+
+class _Job(NamedTuple):
+    """What the estimators share."""
+
+    config: Config
+    latents: Latents
+    device: torch.device
+    folder: Path | None
+    fingerprint: str
+    progress: bool
+    plan: Plan
+    budget: Budget
+    density: Density
+    lam: tuple[float, ...]
+    beta: float
+    network: LightningDiT
+    forward: float
+
+    def velocity(self, x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+        """The probe's velocity, without gradient."""
+        with torch.no_grad(), autocast(self.device):
+            return self.network(x, tau, y)  # type: ignore[return-value]
+
+
+def learn_schedule(
+    config: Config,
+    latents: Latents,
+    *,
+    planned_flops: float,
+    score: Scorer | None = None,
+    device: torch.device | str = "cpu",
+    out_dir: str | Path | None = None,
+    progress: bool = True,
+    oracle: bool = False,
+) -> ProbeResult:
+    """Learn a schedule with ``config.probe.estimator`` within ``probe.budget * planned_flops``.
+
+    Args:
+        latents: the training set (a ``fastasync.data.LatentSet``).
+        planned_flops: of the run that the schedule is for, as ``model.train_flops`` counts them.
+        score: how C scores samples; its features must not be those that the report scores with.
+        out_dir: where the result and the trained probe are kept; done -> reloaded, interrupted -> continued.
+        oracle: add the optimum over all monotone lattice paths on the fitted surface (B, C; K <= 3).
+
+    Raises:
+        UserError: the budget is too small, C without a scorer, a folder of another configuration, a diverging probe.
+    """
+    probe, device = config.probe, torch.device(device)
+    folder = Path(out_dir) if out_dir is not None else None
+    fingerprint = _fingerprint(config, latents, planned_flops, oracle)
+    if folder is not None and (done := ProbeResult.load(folder, fingerprint)) is not None:
+        return done
+    if probe.estimator == "C" and score is None:
+        raise UserError("probe.estimator", "C", "needs features to score samples with; give them, or choose B")
+    network = build_probe(config, device)
+    forward = forward_flops(network)
+    job = _Job(
+        config=config,
+        latents=latents,
+        device=device,
+        folder=folder,
+        fingerprint=fingerprint,
+        progress=progress,
+        plan=_plan(config, forward, planned_flops, score.flops if score else 0.0),
+        budget=Budget(probe.budget * planned_flops, f"probe.budget {probe.budget:g} of {planned_flops:.3g} FLOPs"),
+        density=DENSITIES[config.objective.density],
+        lam=probe_loss_weights(config),
+        beta=chosen_beta(probe.beta),
+        network=network,
+        forward=forward,
+    )
+    result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
+    if folder is not None:
+        result.save(folder, fingerprint)
+    return result
+
+
+def _fingerprint(config: Config, latents: Latents, planned_flops: float, oracle: bool) -> str:
+    z, y = latents.batch(torch.arange(min(len(latents), 64)))
+    sections = (config.representations, config.probe)
+    model = (config.model.classes, config.model.patch, config.model.label_dropout)
+    sampling = (config.sample.integrator, config.objective.density, config.data.flip)
+    facts = [asdict(section) for section in sections]
+    return digest_tensors({"z": z, "y": y}, facts, model, sampling, len(latents), planned_flops, oracle)[:16]
+
+
+def _joint(job: _Job) -> ProbeResult:
+    """Estimator A."""
+    with job.budget.timed("training"):
+        # everything is planned: see JOINT_STEP for what a step costs
+        job.budget.spend("training", job.plan.steps * JOINT_STEP * 3 * job.forward * job.config.probe.batch)
+        found = learn_jointly(
+            job.network,
+            job.config,
+            job.density,
+            job.lam,
+            job.beta,
+            job.latents,
+            job.plan.steps,
+            job.device,
+            job.progress,
+        )
+    chosen = min(found.rows, key=lambda row: row["objective"])
+    diagnostics = {
+        "chosen": {"lam": list(job.lam), **{key: value for key, value in chosen.items() if key != "schedule"}},
+        "curl": None,
+        "jumped": None,
+        "steps": job.plan.steps,
+    }
+    return ProbeResult(found.schedule, "A", diagnostics, sweep=found.rows, budget=job.budget.to_json())
+
+
+def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
+    """Estimators B and C: one probe with independent local times, its surface, and for C what it generates."""
+    config, probe, reps, budget = job.config, job.config.probe, job.config.representations, job.budget
+    errors = _trained(job)
+    surface = LossSurface.fit(errors.tau, errors.errors)
+    with budget.timed("minimising"):
+        rows = sweep(surface, job.density, job.lam, probe.beta, reps.names, reps.roles)
+    middle = next(row for row in rows if row.beta == job.beta)
+    schedule: Schedule = middle.minimum.schedule
+    table = [row.to_json(surface, job.density, job.lam) for row in rows]
+    diagnostics: dict[str, Any] = {
+        "curl": curl_report(surface, len(reps.names), job.lam, job.density, reps.names),
+        "jumped": any(row.jumped for row in rows),
+        "surface_noise": surface.noise.tolist(),
+        "surface_samples": len(errors.tau),
+        "steps": job.plan.steps,
+    }
+    candidates: list[dict[str, Any]] = []
+    if probe.estimator == "C" and score is not None:
+        learned = {
+            f"B beta {row.beta:g}": row.minimum.schedule for row in sorted(rows, key=lambda row: row is not middle)
+        }
+        method = _search_method(config)
+        with budget.timed("sampling"):
+            found = search(
+                candidate_family(reps.names, reps.roles, learned),
+                reps.roles,
+                lambda schedule, indices: _generate(job, schedule, indices, method),
+                score,
+                sample_flops=_sample_flops(config, job.forward),
+                budget=budget,
+                allowance=min(job.plan.sample_flops, budget.left),
+                seed=probe.seed,
+                progress=job.progress,
+            )
+        schedule, candidates = found.schedule, found.rows
+        diagnostics |= {
+            "noise": found.noise,
+            "label": found.label,
+            "method": method,
+            "steps_of_sampler": probe.sampling_steps,
+        }
+    diagnostics["chosen"] = describe(schedule, surface, job.density, job.lam, job.beta)
+    if oracle and len(reps.names) in _ORACLE_CELLS:
+        best = best_path(surface, job.density, job.lam, reps.names, _ORACLE_CELLS[len(reps.names)])
+        diagnostics["oracle"] = {"value": best.value, "path": best.path.tolist(), "schedule": best.schedule.to_json()}
+    return ProbeResult(schedule, probe.estimator, diagnostics, candidates, table, budget.to_json(), _plotted(surface))
+
+
+def _trained(job: _Job) -> Errors:
+    """Train the probe and draw its errors, or take both from an interrupted run."""
+    probe, budget = job.config.probe, job.budget
+    facts = None if job.folder is None else _read_json(job.folder / NETWORK_FACTS, job.fingerprint)
+    if job.folder is not None and facts is not None:
+        tensors = load_tensors(job.folder / NETWORK, facts["sha256"], f"remove {job.folder} and run the probe again")
+        errors = Errors(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
+        job.network.load_state_dict(tensors)
+        job.network.eval()
+        budget.flops, budget.seconds = dict(facts["flops"]), dict(facts["seconds"])
+        return errors
+    with budget.timed("training"):
+        budget.spend("training", 3 * job.forward * probe.batch * job.plan.steps)
+        train_surface_probe(job.network, job.config, job.latents, job.plan.steps, job.device, job.progress)
+    # where C's share of a tiny budget is less than a fit needs, it is taken from the samples
+    count = max(min(int(job.plan.fit_flops / job.forward), MAX_FIT), min(MIN_FIT, int(budget.left / job.forward)))
+    with budget.timed("surface"):
+        budget.spend("surface", count * job.forward)
+        errors = surface_errors(
+            job.velocity,
+            job.latents,
+            job.config.representations.channels,
+            count,
+            seed=probe.seed,
+            batch=max(probe.batch, 256),
+            device=job.device,
+            ops=fastasync_kernels.select(job.config.model.kernels, job.device),
+            progress=job.progress,
+        )
+    if job.folder is not None:
+        kept = {**job.network.state_dict(), "errors.tau": errors.tau, "errors.errors": errors.errors}
+        digest = save_tensors(job.folder / NETWORK, kept)
+        write_json(
+            job.folder / NETWORK_FACTS,
+            {"fingerprint": job.fingerprint, "sha256": digest, "flops": budget.flops, "seconds": budget.seconds},
+        )
+    return errors
+
+
+def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Tensor:
+    """Latents of the samples ``indices`` along a schedule: the same noise and labels for every schedule."""
+    config, reps = job.config, job.config.representations
+    ops = fastasync_kernels.select(config.model.kernels, job.device)
+    grid, parts = uniform_grid(config.probe.sampling_steps), []
+    for part in indices.split(config.sample.batch):
+        labels = sample_labels(part, range(config.model.classes), "balanced", config.probe.seed)
+        noise = initial_noise(part.to(job.device), (sum(reps.channels), reps.grid, reps.grid), config.probe.seed)
+        parts.append(
+            integrate(
+                job.velocity, schedule, noise, labels.to(job.device), grid, method, channels=reps.channels, ops=ops
+            )
+        )
+    return torch.cat(parts)
+
+
+def _plotted(surface: LossSurface) -> dict[str, np.ndarray]:
+    """The surface on a lattice: ``tau`` [n] and ``errors`` [n, ..., n, K]; nothing for K > 3."""
+    if surface.count not in _LATTICE:
+        return {}
+    axis = torch.linspace(0, 1, _LATTICE[surface.count], dtype=torch.float64)
+    lattice = torch.stack(torch.meshgrid(*[axis] * surface.count, indexing="ij"), -1)
+    return {"tau": axis.numpy(), "errors": surface(lattice).numpy()}

@@ -1,0 +1,186 @@
+"""The probe network: trained with independent local times, it can sample along any schedule, and be scored on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import fastasync_kernels
+import torch
+from fastasync_kernels.reference import philox_uniform
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastasync.config import Config
+from fastasync.data import Latents, batch_indices, draw_flips
+from fastasync.errors import UserError
+from fastasync.model import LightningDiT, drop_labels
+from fastasync.objective import TIME_STREAM
+
+CLIP = 1.0  # largest gradient norm
+WARMUP = 0.05  # of the steps, linear; then the rate falls to zero along a cosine
+EVALUATION_STEP = 2**31  # steps from here on key the noise of evaluations: never that of a training step
+
+
+class Errors(NamedTuple):
+    """Per-sample errors [N, K] at local times [N, K], float32 on the CPU: what a loss surface is fitted to."""
+
+    tau: Tensor
+    errors: Tensor
+
+
+def build_probe(config: Config, device: torch.device | str) -> LightningDiT:
+    """The probe network of ``config.probe``, initialised from its seed alone."""
+    probe, reps = config.probe, config.representations
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(probe.seed)
+        model = LightningDiT(
+            channels=reps.channels,
+            names=reps.names,
+            grid=reps.grid,
+            classes=config.model.classes,
+            depth=probe.depth,
+            width=probe.width,
+            heads=probe.heads,
+            patch=config.model.patch,
+            kernels=config.model.kernels,
+            attention=config.model.attention,
+        )
+    return model.to(device)
+
+
+def independent_times(count: int, total: int, seed: int, step: int) -> Tensor:
+    """K independent uniform local times for a batch of ``total``: float64 [total, count], a Latin hypercube.
+
+    Each coordinate has one time in each of ``total`` equal cells, in an order drawn for it; a pure function of
+    (seed, step).
+    """
+    words = philox_uniform(seed, step, torch.arange(total), 2 * count, stream=TIME_STREAM).to(torch.float64)
+    cell = words[:, count:].argsort(0).argsort(0)
+    return (cell + words[:, :count]) / total
+
+
+@contextmanager
+def autocast(device: torch.device | str) -> Iterator[None]:
+    """bf16 autocast on CUDA, nothing elsewhere."""
+    kind = torch.device(device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+        yield
+
+
+class Trainer:
+    """AdamW, a warm-up and cosine of the learning rate, gradient clipping and an EMA over about the last tenth.
+
+    ``step(loss)`` after each backward-able loss; ``finish()`` puts the EMA into the model.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, steps: int):
+        self.model, self.steps, self.done = model, steps, 0
+        self.weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
+        self.average = [weight.detach().clone() for weight in self.weights]
+        fused = self.weights[0].is_cuda
+        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+        warmup = max(1, round(WARMUP * steps))
+
+        def rate(step: int) -> float:
+            rest = torch.tensor((step - warmup) / max(1, steps - warmup)).clamp(0, 1)
+            return min(1.0, (step + 1) / warmup) * float(0.5 * (1 + torch.cos(torch.pi * rest)))
+
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.weights, CLIP)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.done += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, self.weights, 9.0 / (self.done + 9.0))
+
+    def finish(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.average)
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def training_batch(config: Config, latents: Latents, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Latents and labels (some dropped) of one of the probe's steps; pure in (probe.seed, step)."""
+    probe = config.probe
+    samples = torch.arange(probe.batch)
+    flips = draw_flips(probe.seed, step, samples) if config.data.flip else None
+    z, y = latents.batch(batch_indices(step, probe.batch, len(latents), probe.seed), flips)
+    z, y = z.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return z, drop_labels(y, config.model.classes, config.model.label_dropout, probe.seed, step, samples.to(y.device))
+
+
+def check_finite(loss: float, step: int) -> None:
+    """Raises UserError when the probe's loss is not a number any more."""
+    if not loss < float("inf"):
+        raise UserError("probe.lr", None, f"the probe's loss is {loss} at step {step}: use a smaller learning rate")
+
+
+def train_surface_probe(
+    model: LightningDiT, config: Config, latents: Latents, steps: int, device: torch.device | str, progress: bool = True
+) -> float:
+    """Train ``model`` in place for ``steps`` steps of ``config.probe.batch`` with independent local times.
+
+    The loss is the sum over representations of the mean squared error.  The model ends with its EMA weights, in
+    evaluation mode.  Same seed, same result on any CPU.  Returns the last loss.
+    """
+    probe, channels = config.probe, config.representations.channels
+    ops = fastasync_kernels.select(config.model.kernels, device)
+    trainer = Trainer(model.train(), probe.lr, steps)
+    network: Any = model
+    if config.train.compile != "off" and torch.device(device).type == "cuda":
+        network = torch.compile(model)
+    samples = torch.arange(probe.batch, device=device)
+    bar = tqdm(range(steps), desc="probe", unit="step", disable=not progress)
+    value = float("nan")
+    for step in bar:
+        z, y = training_batch(config, latents, step, device)
+        tau = independent_times(len(channels), probe.batch, probe.seed, step).to(device, torch.float32)
+        with autocast(device):
+            v = network(ops.noising(z, tau, channels, probe.seed, step, samples), tau, y)
+        loss = ops.flow_errors(v, z, channels, probe.seed, step, samples)[0].sum(1).mean()
+        trainer.step(loss)
+        if step % 20 == 0 or step == steps - 1:
+            value = float(loss.detach())
+            check_finite(value, step)
+            bar.set_postfix(loss=f"{value:.3f}")
+    trainer.finish()
+    model.eval()
+    return value
+
+
+@torch.no_grad()
+def surface_errors(
+    velocity: Any,
+    latents: Latents,
+    channels: Sequence[int],
+    count: int,
+    *,
+    seed: int,
+    batch: int,
+    device: torch.device | str,
+    ops: Any,
+    progress: bool = True,
+) -> Errors:
+    """Per-sample errors of ``velocity(x, tau, y)`` on ``count`` draws with independent local times."""
+    taus, errors = [], []
+    batch = min(batch, len(latents))
+    bar = tqdm(total=count, desc="surface", unit="img", disable=not progress)
+    for number, start in enumerate(range(0, count, batch)):
+        step, size = EVALUATION_STEP + number, min(batch, count - start)
+        samples = torch.arange(size, device=device)
+        z, y = latents.batch(batch_indices(number, batch, len(latents), seed)[:size])
+        z, y = z.to(device), y.to(device)
+        tau = independent_times(len(channels), size, seed, step)
+        local = tau.to(device, torch.promote_types(z.dtype, torch.float32))
+        v = velocity(ops.noising(z, local, channels, seed, step, samples), local, y)
+        taus.append(tau.float())
+        errors.append(ops.flow_errors(v, z, channels, seed, step, samples)[0].float().cpu())
+        bar.update(size)
+    bar.close()
+    return Errors(torch.cat(taus), torch.cat(errors))

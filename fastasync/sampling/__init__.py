@@ -1,0 +1,18 @@
+"""Sampling: integrators along a schedule, guidance, and reproducible generation."""
+
+from fastasync.sampling.generate import batches, generate_images, generate_latents, sample_labels
+from fastasync.sampling.guidance import guided
+from fastasync.sampling.integrators import METHODS, Velocity, evaluations, integrate, uniform_grid
+
+__all__ = [
+    "METHODS",
+    "Velocity",
+    "batches",
+    "evaluations",
+    "generate_images",
+    "generate_latents",
+    "guided",
+    "integrate",
+    "sample_labels",
+    "uniform_grid",
+]

@@ -1,0 +1,378 @@
+"""The stages of the main job over a run directory.  Each is resumable: run again, it continues or says it is done.
+
+prepare -> probe -> train -> sample -> evaluate -> report
+
+Under a launcher every rank calls every stage.  Rank 0 prepares, probes and scores while the others wait, and alone
+prints; all train and sample.  Which rank draws a random number matters nowhere: each is keyed by what it is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastasync import sampling
+from fastasync.compat import import_torch_fidelity
+from fastasync.config import Config
+from fastasync.data.shard_loader import open_latents
+from fastasync.distributed import quiet_elsewhere, session
+from fastasync.errors import UserError
+from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
+from fastasync.evaluation.protocol import hardware_name
+from fastasync.files import sha256_file, write_json
+from fastasync.inputs import Inputs, Reference, check_inputs, open_inputs
+from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
+from fastasync.probe import ProbeResult, learn_schedule, probe_plan
+from fastasync.run import Run
+from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
+from fastasync.training import build_model, checkpoint, load_model, train
+from fastasync.training.build import choose_autocast, choose_device, choose_ops
+from fastasync.training.loop import check_data
+
+Say = Callable[[str], None]
+_PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs
+
+
+def planned_flops(config: Config) -> int:
+    """FLOPs of the run that the probe serves: train.steps steps of train.batch images."""
+    with torch.device("meta"):
+        model = build_model(config)
+    return train_flops(model) * config.train.batch * config.train.steps
+
+
+def preflight(config: Config, stages: Sequence[str]) -> None:
+    """Everything that can be checked before any work or any file: data, device, network, schedules, probe, weights.
+
+    Raises UserError.  ``stages``: those about to run.
+    """
+    reps, device = config.representations, choose_device(config.train.device)
+    choose_ops(config.model.kernels, device)
+    schedules = (config.schedule.name, *config.schedule.baselines)
+    for name in schedules:
+        if name != "learned":
+            named_schedule(name, reps.names, reps.roles)
+    selection_flops = check_inputs(config)
+    if config.data.dataset == "latents":
+        with open_latents(config.data.root, features=config.objective.repa_weight > 0) as latents:
+            check_data(config, latents)
+    elif config.objective.repa_weight:
+        raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
+    if "learned" in schedules and "probe" in stages:
+        probe_plan(config, planned_flops(config), selection_flops)
+    weak = config.sample.weak_checkpoint
+    if config.sample.guidance == "autoguidance" and "sample" in stages and not Path(weak).exists():
+        raise UserError("sample.weak_checkpoint", weak, "no such file or run directory")
+    if "evaluate" in stages:
+        if set(config.evaluate.metrics) - {"fid"}:
+            import_torch_fidelity()
+        if config.evaluate.features == "inception":
+            InceptionFeatures(config.evaluate.weights)
+
+
+def prepare_stage(run: Run, say: Say = print) -> Inputs:
+    """The run's latents and what goes with them; images are encoded first (encoder, SemVAE and scorer are trained)."""
+    device = choose_device(run.config.train.device)
+    return session().main_first(lambda: open_inputs(run, device, quiet_elsewhere(say)))
+
+
+def probe_stage(run: Run, inputs: Inputs, *, oracle: bool = False, say: Say = print) -> Schedule:
+    """The run's schedule: learned by the probe, or the fixed one that is named.  Writes schedule.json."""
+    return session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
+
+
+def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
+    config, reps = run.config, run.config.representations
+    if run.schedule_file.exists():
+        schedule = load_schedule(run.schedule_file, reps.names)
+        say(f"probe: done, {run.schedule_file} holds {schedule.kind} {schedule.fingerprint}")
+        if oracle and config.schedule.name == "learned":
+            known = ProbeResult.load(run.probe_folder)
+            if known is None or "oracle" not in known.diagnostics:
+                say("probe: it was learned without --oracle, which cannot be added: use another --out")
+        return schedule
+    if config.schedule.name != "learned":
+        schedule = named_schedule(config.schedule.name, reps.names, reps.roles)
+    else:
+        result = learn_schedule(
+            config,
+            inputs.latents,
+            planned_flops=planned_flops(config),
+            score=inputs.scorer() if config.probe.estimator == "C" else None,
+            device=choose_device(config.train.device),
+            out_dir=run.probe_folder,
+            oracle=oracle,
+        )
+        schedule = result.schedule
+        for line in result.summary():
+            say(f"probe: {line}")
+    save_schedule(schedule, run.schedule_file)
+    return schedule
+
+
+def train_stage(run: Run, inputs: Inputs, schedule: Schedule, say: Say = print) -> None:
+    """Train the network along the schedule, from the newest complete checkpoint if there is one."""
+    result = train(run.config, inputs.latents, schedule, run.path, statistics_fingerprint=inputs.statistics_fingerprint)
+    quiet_elsewhere(say)(f"train: {result.step} steps done, checkpoint {result.checkpoint}")
+
+
+class _Guided(NamedTuple):
+    velocity: sampling.integrators.VelocityFunction
+    guidance: str  # kind, scales, interval and weak model in words: the protocol's
+
+
+def _velocity(config: Config, model: Any, device: torch.device, statistics: str) -> _Guided:
+    """The trained network as a velocity function, with the configured guidance and precision.
+
+    ``statistics``: fingerprint of the latents' statistics, which a weak run must share.
+    """
+    sample, dtype = config.sample, choose_autocast(config.train.precision, device)
+
+    def autocast(network: Any) -> Any:
+        def call(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
+                return network(x, tau, y)
+
+        return call
+
+    if sample.guidance == "none":
+        return _Guided(autocast(model), "none")
+    scales = sample.guidance_scale * (len(model.channels) if len(sample.guidance_scale) == 1 else 1)
+    interval = (sample.guidance_interval[0], sample.guidance_interval[1])
+    text = ",".join(f"{g:g}" for g in sample.guidance_scale)
+    text = f"{sample.guidance} {text} in [{interval[0]:g}, {interval[1]:g}]"
+    if sample.guidance == "cfg":
+        null_class = config.model.classes
+        return _Guided(sampling.guided(autocast(model), scale=scales, interval=interval, null_class=null_class), text)
+    weak, name = _weak_model(config, device, statistics)
+    velocity = sampling.guided(autocast(model), scale=scales, interval=interval, weak=autocast(weak))
+    return _Guided(velocity, f"{text} by {name}")
+
+
+def _weak_model(config: Config, device: torch.device, statistics: str) -> tuple[Any, str]:
+    """AutoGuidance's weak network, and its name with a hash of its weights.
+
+    One of our checkpoints or runs, or a published file of the configured size.
+    """
+    path = Path(config.sample.weak_checkpoint)
+    if path.is_dir():
+        found = checkpoint.find(path)
+        # other weights under the same path are another weak model: the manifest holds their hashes
+        name = f"{path.name} {found.name} {sha256_file(found / checkpoint.MANIFEST)[:8]}"
+        weak = load_model(found, ema=True, device=device)
+        if weak.info.statistics != statistics:
+            raise UserError("sample.weak_checkpoint", path, "was trained on other latents than this run")
+        return weak.model, name
+    model = build_model(config)
+    load_into(model, load_state(path), source=str(path))
+    return model.to(device).eval(), f"{path.name} {sha256_file(path)[:8]}"
+
+
+def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
+    """Generate images for every step count: ``samples/NAME/{samples.npz,protocol.json}``.  Returns the folders."""
+    config, sample, device = run.config, run.config.sample, choose_device(run.config.train.device)
+    here, say = session(), quiet_elsewhere(say)
+    loaded = load_model(run.path, ema=sample.ema, device=device, say=say)
+    schedule, model = loaded.schedule, loaded.model
+    if loaded.info.statistics != inputs.statistics_fingerprint:
+        what = f"statistics {inputs.statistics_fingerprint[:12]}, the checkpoint has {loaded.info.statistics[:12]}"
+        raise UserError(str(run.prepared), what, "bring back the latents that it was trained on, or use another --out")
+    model.choose_attention(
+        sample.batch, choose_autocast(config.train.precision, device) or torch.float32, gradient=False
+    )
+    velocity, guidance = _velocity(config, model, device, inputs.statistics_fingerprint)
+    ops = choose_ops(config.model.kernels, device)
+    classes = sample.classes or tuple(range(config.model.classes))
+    dtype = choose_autocast(config.train.precision, device)
+    folders = []
+    for steps in sample.steps if sample.integrator != "dopri5" else sample.steps[:1]:
+
+        def make(indices: Tensor, steps: int = steps) -> tuple[Tensor, Tensor, int]:
+            calls = 0
+
+            def counted(x: Tensor, tau: Tensor, y: Tensor) -> Any:
+                nonlocal calls
+                calls += 1
+                return velocity(x, tau, y)
+
+            labels = sampling.sample_labels(indices, classes, sample.labels, sample.seed)
+            z = sampling.generate_latents(
+                counted,
+                schedule,
+                indices,
+                labels,
+                channels=model.channels,
+                side=model.grid,
+                grid=sampling.uniform_grid(steps),
+                method=sample.integrator,
+                seed=sample.seed,
+                device=device,
+                ops=ops,
+            )
+            return inputs.decode(z), labels, calls
+
+        protocol = {
+            "schedule": run.config.schedule.name,
+            "schedule_fingerprint": schedule.fingerprint,
+            "integrator": sample.integrator,
+            "steps": steps,
+            "guidance": guidance,
+            "labels": sample.labels,
+            "precision": "bf16 autocast" if dtype is torch.bfloat16 else "fp32",
+            "seed": sample.seed,
+            "checkpoint_step": loaded.info.step,
+            "ema": config.train.ema if sample.ema else 0.0,
+            "decode": f"{inputs.decoder} to uint8",
+            "hardware": hardware_name(device),
+        }
+        identity = {**protocol, "count": sample.count, "classes": classes, "hardware": device.type}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        folder = run.samples_folder / f"{sample.integrator}-{steps}-{digest}"
+        if here.from_main(lambda folder=folder: (folder / "samples.npz").exists()):  # type: ignore[misc]
+            say(f"sample: done, {folder}")
+        else:
+            index_batches = list(sampling.batches(sample.count, sample.batch, sample.integrator))
+            label = f"sample {run.config.schedule.name} {sample.integrator} {steps}"
+            spread: dict[str, Any] = {"rank": here.rank, "world": here.world, "label": label, "progress": here.is_main}
+            here.main_only(lambda folder=folder, protocol=protocol: write_json(folder / "protocol.json", protocol))  # type: ignore[misc]
+            sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
+            here.barrier()
+            if here.world > 1 and here.is_main:
+                sampling.generate_images(make, index_batches, sample.count, folder)  # joins what all have made
+        folders.append(folder)
+    return folders
+
+
+def evaluate_stage(run: Run, inputs: Inputs, folders: list[Path], say: Say = print) -> list[Figure]:
+    """Score every folder of samples; ``figures.json`` holds each figure with its protocol.  Rank 0 returns them."""
+    return session().main_only(lambda: _evaluate(run, inputs, folders, say)) or []
+
+
+def _evaluate(run: Run, inputs: Inputs, folders: list[Path], say: Say) -> list[Figure]:
+    config, extractor = run.config, inputs.extractor()
+    reference: Reference | None = None
+    figures: list[Figure] = []
+    for folder in folders:
+        stored = folder / f"figures-{extractor.name}-{extractor.fingerprint[:8]}-{_reference_name(config)}.json"
+        known = load_figures(stored) if stored.exists() else []
+        metrics = [name for name in config.evaluate.metrics if not _has(known, name)]
+        if metrics:
+            reference = reference or inputs.reference(extractor)
+            try:
+                with np.load(folder / "samples.npz") as arrays:
+                    pixels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2)
+                    evaluations = float(arrays["evaluations"].mean())
+                protocol = dict(json.loads((folder / "protocol.json").read_text()))
+                del protocol["steps"]
+            except (OSError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+                what = f"samples.npz or protocol.json cannot be read ({error})"
+                raise UserError(str(folder), what, "remove this folder and sample again") from None
+            if inputs.grey:
+                pixels = pixels[:, :1]
+            result = evaluate(pixels.contiguous(), reference.features, extractor, metrics)
+            for note in result["notes"]:
+                say(f"evaluate: {note}")
+            about = {
+                **protocol,
+                "function_evaluations": evaluations,
+                "reference": reference.name,
+                "reference_fingerprint": reference.fingerprint,
+            }
+            known = [*known, *figures_from(result, about)]
+            save_figures(stored, known)
+        figures += known
+        for figure in known:
+            say(f"evaluate: {config.schedule.name} {folder.name}: {figure.name} {figure.value:.4g}")
+    save_figures(run.figures_file, figures)
+    return figures
+
+
+def _reference_name(config: Config) -> str:
+    """Names what is compared with; a file by its place, size and time too: another one may have the same name."""
+    if not config.evaluate.reference:
+        return config.evaluate.split
+    path = Path(config.evaluate.reference).resolve()
+    facts = [str(path), *((path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ())]
+    return f"{path.stem}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]}"
+
+
+def _has(figures: list[Figure], metric: str) -> bool:
+    wanted = {"precision_recall": "precision"}.get(metric, metric)
+    return any(figure.name == wanted for figure in figures)
+
+
+def report_stage(run: Run, say: Say = print) -> Path:
+    """samples.png, schedule.png, curves.png and report.html of a run and its baselines."""
+    from fastasync.report import comparison_table, write_report  # matplotlib takes a second to import
+
+    def write() -> None:
+        path = write_report(run)
+        say(comparison_table(run))
+        say(f"report: {path}")
+
+    session().main_only(write)
+    return run.path / "report.html"
+
+
+def run_all(run: Run, *, oracle: bool = False, say: Say = print) -> Path:
+    """All stages in order, then the baselines' train, sample and evaluate, then the report over all of them."""
+    inputs = prepare_stage(run, say)
+    for each in (run, *session().main_first(run.baselines)):
+        schedule = probe_stage(each, inputs, oracle=oracle, say=say)
+        train_stage(each, inputs, schedule, say)
+        evaluate_stage(each, inputs, sample_stage(each, inputs, say), say)
+    return report_stage(run, say)
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What ``--dry-run`` prints: parameters, FLOPs, the probe's share, memory."""
+    with torch.device("meta"):
+        model = build_model(config)
+    per_step = train_flops(model) * config.train.batch
+    device = choose_device(config.train.device)
+    precision = "bf16" if choose_autocast(config.train.precision, device) else "fp32"
+    learns = config.schedule.name == "learned"
+    total = per_step * config.train.steps
+    facts = {
+        "parameters": parameter_count(model),
+        "FLOPs per step": per_step,
+        "FLOPs of the run": total,
+        "probe's share of them, at most": config.probe.budget if learns else 0.0,
+        "device and precision here": f"{device}, {precision}",
+    }
+    for kind in dict.fromkeys((precision, "bf16")):
+        memory = memory_estimate(model, config.train.batch, kind)
+        parts = {**memory._asdict(), "total": memory.total}
+        facts[f"memory estimate on one device, {kind}, GiB"] = {name: part / 2**30 for name, part in parts.items()}
+    if config.train.batch % _PLANNED_GPUS == 0:
+        memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
+        facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
+            f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS) / 2**30 for stage in range(4)
+        }
+    if learns:
+        try:
+            selection_flops = check_inputs(config)
+        except UserError as error:  # the data need not be here yet
+            facts["data"], selection_flops = str(error), 0
+        facts["probe's training steps"] = probe_plan(config, total, selection_flops).steps
+    return facts
+
+
+__all__ = [
+    "evaluate_stage",
+    "planned_flops",
+    "prepare_stage",
+    "probe_stage",
+    "report_stage",
+    "run_all",
+    "sample_stage",
+    "summary",
+    "train_stage",
+]

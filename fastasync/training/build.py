@@ -1,0 +1,142 @@
+"""From the configuration to the parts that training needs: model, objective, device, precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from types import ModuleType
+from typing import Any
+
+import fastasync_kernels
+import torch
+
+from fastasync.config import Config
+from fastasync.densities import DENSITIES
+from fastasync.distributed import session
+from fastasync.errors import UserError, require
+from fastasync.model import SIZES, LightningDiT, memory_estimate
+from fastasync.model.recompute import RECOMPUTE
+from fastasync.objective import Objective
+
+_log = logging.getLogger(__name__)
+_USABLE = 0.9  # share of the free memory that an estimate may fill
+
+
+def build_model(config: Config) -> LightningDiT:
+    """The network of a configuration, float32 on the current default device, freshly initialised."""
+    model, representations = config.model, config.representations
+    depth, width, heads = SIZES.get(model.size, (model.depth, model.width, model.heads))
+    return LightningDiT(
+        channels=representations.channels,
+        names=representations.names,
+        grid=representations.grid,
+        classes=model.classes,
+        depth=depth,
+        width=width,
+        heads=heads,
+        patch=model.patch,
+        repa_width=model.repa_width or None,
+        kernels=model.kernels,
+        attention=model.attention,
+    )
+
+
+def prepare_model(model: LightningDiT, config: Config, device: torch.device, batch: int) -> LightningDiT:
+    """The network ready to be trained on ``device`` in parts of ``batch`` samples; not compiled yet.
+
+    Moves it, fixes the attention backend, turns the block linears to fp8 where ``train.precision`` asks for it, and
+    chooses what the backward pass recomputes.  Names and shapes of the state dict stay as they are.
+    Raises UserError for what cannot run here.
+    """
+    train = config.train
+    model = model.to(device)
+    backend = model.choose_attention(batch, choose_autocast(train.precision, device) or torch.float32)
+    if train.precision == "fp8":
+        use_fp8(model, device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    memory = choose_memory(train.memory, model, batch, "fp32" if train.precision == "fp32" else "bf16", free)
+    model.set_recompute(memory)
+    _log.info("attention %s, memory %s", backend, memory)
+    return model
+
+
+def choose_memory(memory: str, model: LightningDiT, batch: int, precision: str, free: int | None) -> str:
+    """What the backward pass recomputes: ``memory``, or for "auto" the least that fits into ``free`` bytes.
+
+    ``free``: device memory with the weights already in it, or None where it is not known (the CPU): then nothing.
+    """
+    if memory != "auto":
+        return memory
+    if free is None:
+        return "none"
+    for what in RECOMPUTE:
+        estimate = memory_estimate(model, batch, precision, what)
+        if estimate.total - estimate.weights <= _USABLE * free:
+            return what
+    return RECOMPUTE[-1]
+
+
+def is_block_linear(module: torch.nn.Module, name: str) -> bool:
+    """Whether ``model.name`` is one of the linears that fp8 is for: qkv, proj, w12 and w3 of a block."""
+    return isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and ".adaLN_modulation." not in name
+
+
+def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
+    """Run the block linears' products, forward and backward, in fp8 with a scale for each row (torchao), in place.
+
+    adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  ``changes``: further
+    fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has fp8 products.
+    """
+    if not changes.get("emulate") and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError("train.precision", "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
+    float8 = require("torchao.float8", "fp8")
+    recipe = float8.Float8LinearConfig.from_recipe_name("rowwise")
+    float8.convert_to_float8_training(
+        model, config=dataclasses.replace(recipe, **changes), module_filter_fn=is_block_linear
+    )
+
+
+def build_objective(config: Config) -> Objective:
+    """The training objective of a configuration."""
+    chosen = config.objective
+    return Objective(
+        channels=config.representations.channels,
+        loss_weights=config.loss_weights,
+        density=DENSITIES[chosen.density],
+        mode=chosen.mode,
+        proposal=chosen.proposal,
+        cosine_weight=chosen.cosine_weight,
+        repa_weight=chosen.repa_weight,
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (CUDA when there is one), ``cpu`` or ``cuda``: this rank's own, which becomes the current device.
+
+    UserError when CUDA is asked for and absent, or has fewer devices than the launcher started ranks here.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device", "cuda", "no CUDA device is available here; use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, count = session(), torch.cuda.device_count()
+    if here.world > 1:
+        if here.local >= count:
+            raise UserError("LOCAL_RANK", here.local, f"there are {count} CUDA devices: start at most so many ranks")
+        torch.cuda.set_device(here.local)
+    return torch.device("cuda")
+
+
+def choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype, or None for float32.  ``auto``: bf16 on CUDA, float32 on the CPU.  fp8 runs under bf16."""
+    if precision in ("bf16", "fp8") or (precision == "auto" and device.type == "cuda"):
+        return torch.bfloat16
+    return None
+
+
+def choose_ops(kernels: str, device: torch.device) -> ModuleType:
+    """The fused operations, or their reference.  UserError when Triton is asked for and cannot run here."""
+    try:
+        return fastasync_kernels.select(kernels, device)
+    except fastasync_kernels.KernelUnavailable as error:
+        raise UserError("model.kernels", kernels, str(error)) from None

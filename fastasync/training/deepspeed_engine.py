@@ -1,0 +1,333 @@
+"""The engine of many ranks: DeepSpeed ZeRO 0 to 3 around the same network, optimizer and checkpoints.
+
+Precision is autocast over float32 weights, as in the plain engine, and our AdamW with its EMA is DeepSpeed's client
+optimizer: the EMA is optimizer state, so ZeRO shards it.  Bytes a parameter on each of N ranks (weights + gradients +
+float32 copy, two moments, EMA):
+
+    ZeRO 0: 4 + 4 + 12      1: 4 + 4 + 16 / N      2: 4 + (4 + 16) / N      3: (4 + 4 + 16) / N
+
+A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
+by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
+parameter, four collectives of its size (weight, EMA, two moments: 16 bytes), and rank 0's disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastasync.config import Config
+from fastasync.distributed import TIMEOUT, session
+from fastasync.errors import UserError, require
+from fastasync.model import LightningDiT
+from fastasync.model.recompute import RECOMPUTE
+from fastasync.optim import build_optimizer
+from fastasync.training.build import choose_autocast, choose_device, prepare_model
+from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
+from fastasync.training.deepspeed_json import deepspeed_json
+from fastasync.training.engine import (
+    OPTIMIZER,
+    OPTIMIZER_NUMBERS,
+    Compute,
+    clipped_step,
+    compile_in_place,
+    split_positions,
+)
+from fastasync.training.graph import Part
+
+T = TypeVar("T")
+_STATE = ("exp_avg", "exp_avg_sq", "ema")
+
+
+class _Autocast(nn.Module):
+    """The network under our autocast: DeepSpeed switches off one that it finds around itself."""
+
+    def __init__(self, model: LightningDiT, dtype: torch.dtype | None):
+        super().__init__()
+        self.network, self.dtype = model, dtype
+
+    def forward(self, x: Tensor, tau: Tensor, y: Tensor, **options: Any) -> Any:
+        # ZeRO 3 swaps the weights' memory, so a cast kept from one use to the next would outlive them
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            return self.network(x, tau, y, **options)
+
+
+class DeepSpeedEngine:
+    """One rank of DeepSpeed.  Every method but ``positions``, ``forward`` and ``backward`` is a collective call.
+
+    Raises:
+        UserError: DeepSpeed is missing, the batch does not divide, or a setting cannot be had with it.
+    """
+
+    def __init__(self, model: LightningDiT, config: Config, device: torch.device):
+        train, here = config.train, session()
+        check_deepspeed(config, here.world)
+        os.environ.setdefault("LOCAL_RANK", str(here.local))  # DeepSpeed insists, without a launcher too
+        deepspeed = require("deepspeed", "deepspeed")
+        log = logging.getLogger("DeepSpeed")
+        # torch calls the collectives that DeepSpeed uses by older names than its newest
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+        self._zero = require("deepspeed.utils", "deepspeed")
+        self.device, self.rank, self.world, self.is_main = device, here.rank, here.world, here.is_main
+        self._control = here.start_group(device, max(TIMEOUT, timedelta(minutes=train.stall_minutes)))
+        self._train, self.stage = train, train.zero
+
+        part = train.batch // (self.world * train.accumulate)
+        self.model = prepare_model(model, config, device, part).train()
+        # what is recomputed follows from each GPU's free memory: the ranks must agree, ZeRO 3 gathers weights for it
+        most = torch.tensor(max((RECOMPUTE.index(block.recompute) for block in self.model.blocks), default=0))
+        distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=self._control)
+        self.model.set_recompute(RECOMPUTE[int(most)])
+        self.optimizer = build_optimizer(
+            [p for p in self.model.parameters() if p.requires_grad],
+            impl=train.optimizer,
+            lr=train.lr,
+            betas=(train.betas[0], train.betas[1]),
+            weight_decay=train.weight_decay,
+            ema_decay=train.ema,
+        )
+        compile_in_place(self.model, train.compile)
+        settings = deepspeed_json(config, self.world)
+        if self.stage == 0:
+            settings["gradient_clipping"] = 0.0  # our update clips, without waiting for the device
+        self._plain_step = self.optimizer.step
+        self.optimizer.step = self._update  # type: ignore[method-assign]
+        self._updating, self._norm = False, torch.zeros((), device=device)
+        self._limit: Tensor | None = None
+        wrapped = _Autocast(self.model, choose_autocast(train.precision, device))
+        log.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
+        self._engine, self._sharded, _, _ = deepspeed.initialize(
+            model=wrapped, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        log.setLevel(logging.WARNING)
+        self._parts_done = 0
+        self._make_state()
+
+    # --- a step -------------------------------------------------------------------------------------------------
+
+    def positions(self) -> list[Tensor]:
+        return split_positions(self._train.batch, self.world, self.rank, self._train.accumulate)
+
+    def forward(self, x: Tensor, tau: Tensor, y: Tensor, **options: Any) -> Any:
+        return self._engine(x, tau, y, **options)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+        self._parts_done += 1
+        if self._parts_done < self._train.accumulate:
+            self._engine.step()  # only counts the part
+
+    def step(self, lr: float | Tensor, limit: Tensor | None = None) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._parts_done, self._limit = 0, limit
+        self._engine.step()
+        if self.stage:
+            self._norm = torch.as_tensor(self._sharded._global_grad_norm, dtype=torch.float32, device=self.device)
+        return self._norm
+
+    def run(
+        self, compute: Compute, step: int, parts: Sequence[Part], lr: float, limit: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return compute(step, parts), self.step(lr, limit)
+
+    @torch.no_grad()
+    def _update(self, *arguments: Any, **options: Any) -> Any:
+        """What DeepSpeed calls instead of the optimizer's step.
+
+        Under ZeRO the gradients arrive reduced and clipped, the norm is known, and DeepSpeed has left out steps whose
+        norm is not finite (it reads the norm on the host for that).  Without, we clip.
+        """
+        if self._updating:  # from within clip_and_step
+            return self._plain_step(*arguments, **options)
+        self._updating = True
+        try:
+            if self.stage == 0:
+                self._norm = clipped_step(self.optimizer, self._train.clip, self._limit)
+            elif self._limit is None or float(self._sharded._global_grad_norm) <= float(self._limit):
+                self._plain_step()
+        finally:
+            self._updating = False
+
+    # --- all ranks ----------------------------------------------------------------------------------------------
+
+    def mean(self, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total / self.world
+
+    def any(self, flag: bool) -> bool:
+        seen = torch.tensor([int(flag)])
+        distributed.all_reduce(seen, op=distributed.ReduceOp.MAX, group=self._control)
+        return bool(seen.item())
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    def from_main(self, compute: Callable[[], T]) -> T:
+        return session().from_main(compute)
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _owned(self) -> list[Tensor]:
+        """The float32 tensors that this rank's optimizer updates: the weights themselves, or its shards of them."""
+        if self.stage == 0:
+            return list(self._named.values())
+        if self.stage == 3:
+            return list(self._sharded.fp32_partitioned_groups_flat)
+        return list(self._sharded.single_partition_of_fp32_groups)
+
+    @torch.no_grad()
+    def _make_state(self) -> None:
+        """Make the optimizer's state now rather than at the first update, so that there is something to load into.
+
+        A step with zero gradients and learning rate 0 leaves moments of 0, the weights, and an EMA equal to them.
+        """
+        group = self.optimizer.param_groups[0]
+        kept = group["params"], group["lr"]
+        for tensor in self._owned():
+            group["params"], group["lr"] = [tensor], 0.0
+            tensor.grad = torch.zeros_like(tensor)
+            self._plain_step()
+            self.optimizer.state[tensor]["step"].zero_()
+            tensor.grad = None
+        group["params"], group["lr"] = kept
+        if self.stage in (1, 2):
+            # DeepSpeed's views into the state are made once
+            self._sharded._hp_optimizer_states_linked = False
+            self._sharded._lazy_init_hp_params_optimizer_state()
+
+    def _full(self, p: nn.Parameter, key: str | None) -> Tensor:
+        """One parameter's float32 weight (None) or optimizer state, whole, on every rank."""
+        if self.stage == 0:
+            return p.detach() if key is None else self.optimizer.state[p][key]
+        if key is None:
+            return self._zero.safe_get_full_fp32_param(p)
+        return self._zero.safe_get_full_optimizer_state(p, key)
+
+    @torch.no_grad()
+    def _set(self, p: Any, key: str | None, value: Tensor) -> None:
+        """Write this rank's share of a whole tensor (on the CPU)."""
+        if self.stage == 0:
+            (p if key is None else self.optimizer.state[p][key]).copy_(value)
+        elif self.stage == 3:
+            size = p.ds_tensor.ds_numel
+            shard = nn.functional.pad(value.flatten(), (0, size * self.world - value.numel()))
+            shard = shard[self.rank * size :][:size].to(self.device)
+            if key is None:
+                self._zero.safe_set_local_fp32_param(p, shard)
+                p.ds_tensor.data.copy_(shard)
+                if p.data.numel() == value.numel():  # small parameters are kept whole everywhere
+                    p.data.copy_(value)
+            else:
+                self._zero.safe_set_local_optimizer_state(p, shard, key)
+        elif key is None:
+            p.data.copy_(value)
+            self._zero.safe_set_full_fp32_param(p, value)
+        else:
+            self._zero.safe_set_full_optimizer_state(p, value, key)
+
+    @torch.no_grad()
+    def first_nonfinite(self) -> str | None:
+        here = [tensor for p in self._owned() for tensor in (p, *(self.optimizer.state[p][key] for key in _STATE))]
+        finite = torch.stack([tensor.isfinite().all() for tensor in here]).all()
+        if not self.any(not bool(finite)):
+            return None
+        for kind, key in (
+            ("weight", None),
+            ("average of", "ema"),
+            ("moment of", "exp_avg"),
+            ("moment of", "exp_avg_sq"),
+        ):
+            for name, p in self._named.items():
+                if not bool(self._full(p, key).isfinite().all()):
+                    return f"{kind} {name}"
+        return "padding of a shard"
+
+    def _files(self) -> dict[str, dict[str, tuple[nn.Parameter, str | None]]]:
+        """What stands in which file under which name, without the fixed tables."""
+        moments: dict[str, tuple[nn.Parameter, str | None]]
+        moments = {f"{name}/{key}": (p, key) for name, p in self._named.items() for key in _STATE[:2]}
+        return {
+            MODEL: {name: (p, None) for name, p in self._named.items()},
+            EMA: {name: (p, "ema") for name, p in self._named.items()},
+            OPTIMIZER: moments,
+        }
+
+    @torch.no_grad()
+    def save(self, directory: Path) -> None:
+        step = self.optimizer.state[self._owned()[0]]["step"].detach().to("cpu", torch.float32)
+        tables = {name: value for name, value in self.model.state_dict().items() if name not in self._named}
+        counts = {f"{name}/step": step for name in self._named}
+        failed: Exception | None = None
+        for file, entries in self._files().items():
+            fixed = counts if file == OPTIMIZER else tables
+            shapes = {name: getattr(p, "ds_shape", p.shape) for name, (p, _) in entries.items()}
+            gathered = ((name, self._full(p, key)) for name, (p, key) in entries.items())
+            if self.is_main and failed is None:
+                try:
+                    stream_tensors(directory / file, fixed, shapes, gathered)
+                except OSError as error:
+                    failed = error
+            for _ in gathered:  # the others are in this collective, whatever happened to the file
+                pass
+        if failed is not None:
+            raise failed
+        if self.is_main:
+            (directory / OPTIMIZER_NUMBERS).write_text("{}")
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        files = self._files()
+        with ExitStack() as stack:
+            read = {file: stack.enter_context(read_tensors(directory / file)) for file in files}
+            for name, p in self._named.items():
+                self._set(p, None, read[MODEL](name))
+                average = read[EMA](name)
+                self._set(p, "ema", average)
+                for key in _STATE[:2]:
+                    # a weight that the run has not updated yet has no moments there
+                    moment = read[OPTIMIZER](f"{name}/{key}", missing=None)
+                    self._set(p, key, torch.zeros_like(average) if moment is None else moment)
+            counts = [read[OPTIMIZER](f"{name}/step", missing=None) for name in self._named]
+            done = max((float(count) for count in counts if count is not None), default=0.0)
+            for tensor in self._owned():
+                self.optimizer.state[tensor]["step"].fill_(done)
+            for name, table in self.model.named_buffers():
+                table.copy_(read[MODEL](name))
+
+
+def check_deepspeed(config: Config, world: int) -> None:
+    """Everything about a DeepSpeed run that can be refused before it starts.  Raises UserError."""
+    train = config.train
+    split_positions(train.batch, world, 0, train.accumulate)
+    deepspeed_json(config, world)
+    if train.optimizer == "apex":
+        raise UserError("train.optimizer", "apex", "keeps no step count of its own: use auto, fused or torch here")
+    if train.cuda_graph == "on":
+        raise UserError("train.cuda_graph", "on", "records steps of the plain engine only: use off or auto")
+    if train.compile != "off" and train.zero == 3:
+        # its hooks on every layer are traced too: slower than without, and recompiled for each
+        raise UserError("train.compile", train.compile, "does not go with train.zero=3: set it to off, or zero to 2")
+    if train.precision == "fp8" and train.zero == 3:
+        raise UserError("train.zero", 3, "shards weights that fp8 wraps: use 0, 1 or 2 with train.precision=fp8")
+    os.environ.setdefault("DS_ACCELERATOR", choose_device(train.device).type)
+    try:
+        require("deepspeed", "deepspeed")
+    except (ImportError, RuntimeError, AssertionError) as error:
+        text = " ".join(str(error).split())[:160]
+        raise UserError("train.engine", "deepspeed", f"does not import here ({text})") from None

@@ -1,0 +1,90 @@
+"""Stopping a run from outside: signals that are honoured at the end of a step, and one process for each run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastasync.errors import UserError
+
+_ECHO = 3.0  # seconds within which a launcher repeats a signal
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again", what a launcher should restart
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run after a checkpoint was saved.  Uncaught, the process exits with code 75."""
+
+    def __init__(self, step: int, checkpoint: Path):
+        self.step, self.checkpoint = step, checkpoint
+        super().__init__(EXIT_CODE)
+
+
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT; a second one acts as if nobody listened (Ctrl-C twice stops at once).
+
+    Python lets only the main thread set handlers: used elsewhere, nothing is caught.
+
+    ``launched``: launchers pass a signal on to processes that the terminal has sent it to already, and deepspeed sends
+    two different ones: then only a second SIGINT, seconds later, stops at once.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        self.received: int | None = None
+        self._launched, self._when = launched, 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._when = number, time.monotonic()
+            if not self._launched:
+                self._restore()
+        elif number == signal.SIGINT and time.monotonic() - self._when > _ECHO:
+            self._restore()
+            raise KeyboardInterrupt
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            # None: a handler that was not set from Python cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def only_process(out_dir: Path) -> Iterator[None]:
+    """Hold the run's lock; the system frees it however the process ends.  UserError while another one trains here.
+
+    A POSIX record lock, not flock: worker processes that outlive a killed parent do not inherit it.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(str(out_dir), error.strerror, "choose a folder that can be written to") from None
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            busy = "another process is training here"
+            raise UserError(str(out_dir), busy, "wait for it, or use another --out") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,124 @@
+"""``fastasync convert`` and ``fastasync verify``: checkpoints in and out of the published layout, and checked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import safetensors
+import torch
+
+from fastasync.config import config_from_dict
+from fastasync.errors import UserError
+from fastasync.files import atomic_path, save_tensors
+from fastasync.model import export_state, load_into, load_state
+from fastasync.presets import preset
+from fastasync.run import Run, existing_config
+from fastasync.training import checkpoint
+from fastasync.training.build import build_model
+from fastasync.training.start import START
+
+TARGETS = ("published", "ours")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add ``convert`` and ``verify``; their namespaces have ``handler`` = the functions below."""
+    convert = commands.add_parser("convert", help="a checkpoint to the published layout, or a published one into a run")
+    convert.add_argument("checkpoint", type=Path, help="of ours (or a run), or a published file with --to ours")
+    convert.add_argument("out", type=Path, help="the file to write, or with --to ours the run directory")
+    convert.add_argument("--to", choices=TARGETS, default="published")
+    convert.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
+    convert.add_argument("--preset", help="with --to ours: what a new run directory is made from")
+    convert.set_defaults(handler=convert_command)
+    verify = commands.add_parser("verify", help="check a checkpoint, or all of a run: hashes, shapes, finite numbers")
+    verify.add_argument("checkpoint", type=Path)
+    verify.set_defaults(handler=verify_command)
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    """``fastasync convert``; returns the exit code."""
+    ema = args.weights == "ema"
+    print(export(args.checkpoint, args.out, ema) if args.to == "published" else adopt(args, ema))
+    return 0
+
+
+def export(source: Path, out: Path, ema: bool = True) -> Path:
+    """Write ``{'ema': state_dict}`` in the published layout from a checkpoint or a run; returns ``out``.
+
+    The entry is called ``ema`` for raw weights too, since that is what the peers' code loads.
+    Raises UserError when the checkpoint is not complete or the file cannot be written.
+    """
+    loaded = checkpoint.load_model(source, ema=ema)
+    if out.is_dir():
+        raise UserError("OUT", out, "is a folder: give the file to write")
+    with atomic_path(out) as partial:
+        torch.save(export_state(loaded.model), partial)
+    return out
+
+
+def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
+    """Put a published file's weights into a run's folder, to start from; returns the file that training reads.
+
+    Raises UserError when the run is missing, has trained already, or is of another architecture.
+    """
+    config = existing_config(args.out)
+    if config is None:
+        if not args.preset:
+            raise UserError("OUT", args.out, "holds no run: give --preset, or make it first with `fastasync prepare`")
+        config = preset(args.preset)
+    if checkpoint.steps(args.out / checkpoint.FOLDER):
+        raise UserError("OUT", args.out, "this run has checkpoints, which it continues from: choose a new one")
+    with torch.device("meta"):
+        model = build_model(config)
+    model.to_empty(device="cpu")
+    load_into(model, load_state(args.checkpoint, "ema" if ema else "model"), source=str(args.checkpoint))
+    Run(args.out, config).create()
+    save_tensors(args.out / START, model.state_dict())
+    return args.out / START
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    """``fastasync verify``; returns the exit code, 0 when everything found is complete."""
+    path = args.checkpoint
+    root = path / checkpoint.FOLDER if (path / checkpoint.FOLDER).is_dir() else path
+    found = [each for _, each in checkpoint.steps(root)] or [path]
+    broken: UserError | None = None
+    for each in found:
+        try:
+            print(f"{each}: {describe(each)}")
+        except UserError as error:
+            print(f"{each}: {error.remedy}")
+            broken = error
+    if broken is not None:
+        raise broken
+    return 0
+
+
+def describe(path: Path) -> str:
+    """One line about a complete checkpoint.
+
+    Raises UserError when a file is missing or altered, a tensor does not fit the network, or a number is not finite.
+    Holds one tensor at a time.
+    """
+    step = checkpoint.verify(path)
+    state = checkpoint.read_state(path)
+    config = config_from_dict(state.config)
+    with torch.device("meta"):
+        shapes = {name: list(value.shape) for name, value in build_model(config).state_dict().items()}
+    files = json.loads((path / checkpoint.MANIFEST).read_text())["files"]
+    for name in sorted(file for file in files if file.endswith(".safetensors")):
+        with safetensors.safe_open(path / name, framework="pt") as file:
+            keys = set(file.keys())
+            if name in (checkpoint.EMA, checkpoint.MODEL) and keys != set(shapes):
+                differing = ", ".join(sorted(keys ^ set(shapes))[:3])
+                raise UserError("checkpoint", path, f"{name} is of another network: {differing} differ")
+            for key in sorted(keys):
+                value = file.get_tensor(key)
+                wanted = [] if key.endswith("/step") else shapes.get(key.rpartition("/")[0] or key)
+                if list(value.shape) != wanted:
+                    raise UserError("checkpoint", path, f"{name}: {key} has shape {list(value.shape)}, not {wanted}")
+                if not bool(value.isfinite().all()):
+                    raise UserError("checkpoint", path, f"{name}: {key} holds numbers that are not finite")
+    size = sum(entry["bytes"] for entry in files.values()) / 2**20
+    return f"step {step}, preset {config.preset}, {len(files)} files, {size:.1f} MiB, complete"

@@ -1,0 +1,184 @@
+"""What the Triton kernels share: argument checks, the generator on the device, and cases for offline compilation.
+
+Every kernel file has the same order: formula, kernels, launchers, torch.library op with its autograd, public
+function, OFFLINE cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)  # kernels run on CPU tensors, element by element in numpy
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+class OfflineCase(NamedTuple):
+    """One build of a kernel that must compile for sm_90 without a GPU.
+
+    ``signature``: run-time argument -> Triton type ("*bf16", "*fp32", "i32", "i64", "fp32"); ``constexprs``: the rest.
+    Pointers are taken as 16-byte aligned, and so are the integers named in ``divisible`` as multiples of 16.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    divisible: tuple[str, ...] = ()
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Refuse a wrong dtype (TypeError), a wrong shape or device (ValueError) before anything is launched.
+
+    ``shape``: expected sizes, -1 for any.  Without ``device`` the tensor's own device must be able to run the kernels.
+    """
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
+    if shape is not None and (
+        tensor.dim() != len(shape) or any(want not in (-1, have) for want, have in zip(shape, tensor.shape))
+    ):
+        raise ValueError(f"{name} must have shape {list(shape)} (-1: any), not {list(tensor.shape)}")
+    if device is None:
+        if tensor.device.type != "cuda" and not (INTERPRET and tensor.device.type == "cpu"):
+            raise ValueError(f"{name} is on {tensor.device}: the Triton kernels need CUDA; choose kernels=reference")
+    elif tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the other arguments on {device}")
+
+
+def check_bundle(name: str, tensor: Tensor, channels: Sequence[int], device: torch.device | None = None) -> None:
+    """``tensor`` must be a floating [B, C, H, W] with C = sum(channels), every count positive."""
+    check_tensor(name, tensor, FLOATS, (-1, -1, -1, -1), device)
+    if not channels or any(count < 1 for count in channels):
+        raise ValueError(f"channels must be positive counts, not {list(channels)}")
+    if tensor.shape[1] != sum(channels):
+        raise ValueError(f"{name} has {tensor.shape[1]} channels, but channels {list(channels)} sum to {sum(channels)}")
+    if tensor.shape[2] * tensor.shape[3] == 0:
+        raise ValueError(f"{name} has an empty grid: {list(tensor.shape)}")
+
+
+def check_noise_key(step: int | Tensor, samples: Tensor, batch: int, device: torch.device) -> None:
+    """What numbers the noise: ``samples`` integer [B]; ``step`` an int, or a one-element int64 tensor on the device."""
+    check_tensor("samples", samples, INTEGERS, (batch,), device)
+    if isinstance(step, Tensor):
+        check_tensor("step", step, (torch.int64,), None, device)
+        if step.numel() != 1:
+            raise ValueError(f"step must be one number, not a tensor of {step.numel()}")
+
+
+def split_step(step: int | Tensor) -> tuple[int, Tensor | None]:
+    """A step as the operators take it: (int, None) or (0, tensor), the latter for replays of a CUDA graph."""
+    return (0, step) if isinstance(step, Tensor) else (step, None)
+
+
+def bounds(channels: Sequence[int], positions: int) -> tuple[int, ...]:
+    """First element of each representation in a sample's flattened [C, H, W], and the total: K + 1 numbers."""
+    return tuple(sum(channels[:k]) * positions for k in range(len(channels) + 1))
+
+
+def signed64(seed: int) -> int:
+    """A seed in [-2**63, 2**64) as the int64 with the same bits, which is what an operator's schema can hold."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current CUDA device: make it the tensor's."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+# --- the generator on the device: the same numbers as reference.philox_normal -----------------------------------
+
+
+@triton.jit
+def philox_words(seed, step, sample, block, STREAM: tl.constexpr):
+    """Philox-4x32-10 words of counter (block, sample, step, STREAM); ``block`` is a tensor, the others scalars.
+
+    The same words as tl.philox; one 64-bit product a multiplication is one instruction, where a low and a high
+    32-bit product are two.
+    """
+    c0 = block.to(tl.uint32)
+    c1 = (c0 * 0) + sample.to(tl.uint32)
+    c2 = (c0 * 0) + step.to(tl.uint32)
+    c3 = (c0 * 0) + STREAM
+    seed = seed.to(tl.int64)  # a small seed arrives as int32
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = b.to(tl.uint32)
+        c3 = a.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def unit(word):
+    """32-bit word -> float32 in (0, 1): the middle of one of 2**23 equal cells, exact."""
+    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def box_muller(radius_word, angle_word):
+    """Two words -> two standard normals: sqrt(-2 ln u) times the cosine and the sine of 2 pi w, w = unit(angle_word).
+
+    w is a multiple of a quarter turn plus r, |r| <= 1/8, in exact integer arithmetic; then minimax polynomials in r
+    (errors 5e-11 and 1.2e-9): a third of the instructions of the library's two range reductions, and more accurate.
+    """
+    radius = tl.sqrt(-2.0 * tl.log(unit(radius_word)))
+    cell = (angle_word >> 9).to(tl.int32)
+    quarter = (cell + (1 << 20)) >> 21
+    r = ((cell - (quarter << 21)).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    rr = r * r
+    cosine = 1.0 + rr * (-19.739208 + rr * (64.93933 + rr * (-85.44374 + rr * 59.24597)))
+    sine = r * (6.2831852 + rr * (-41.341628 + rr * (81.588125 + rr * -75.240064)))
+    swap = (quarter & 1) == 1
+    x = tl.where(swap, sine, cosine)
+    y = tl.where(swap, cosine, sine)
+    x = tl.where(((quarter + 1) & 2) == 2, -x, x)
+    y = tl.where((quarter & 2) == 2, -y, y)
+    return radius * x, radius * y
+
+
+@triton.jit
+def normals(seed, step, sample, block, STREAM: tl.constexpr):
+    """Standard normals of counter blocks [..., Q] -> [..., 4 Q], in the order of reference.philox_normal."""
+    w0, w1, w2, w3 = philox_words(seed, step, sample, block, STREAM)
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def normals_at(seed, step, sample, element, STREAM: tl.constexpr):
+    """The same numbers at any elements, one counter block for each: four times the work, for odd grids only."""
+    w0, w1, w2, w3 = philox_words(seed, step, sample, element // 4, STREAM)
+    second = element % 4 >= 2
+    cosine, sine = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
+    return tl.where(element % 2 == 0, cosine, sine)
+
+
+@triton.jit
+def by_representation(values_ptr, element, BOUNDS: tl.constexpr):
+    """The value of each element's representation: values_ptr points at K float32 numbers."""
+    value = tl.zeros_like(element).to(tl.float32) + tl.load(values_ptr)
+    for k in tl.static_range(1, len(BOUNDS) - 1):
+        value = tl.where(element >= BOUNDS[k], tl.load(values_ptr + k), value)
+    return value

@@ -1,0 +1,420 @@
+"""QK-norm and RoPE, from the packed qkv of one GEMM into what the attention reads, and back into the packed gradient.
+
+Forward, for each head row x [Dh] of q and k, statistics in float32, with the pairs (e, o) = (x_0, x_1), ...:
+
+    r = 1 / sqrt(mean(x^2) + eps),     z = x r weight
+    out_e = z_e cos_e - z_o sin_e,     out_o = z_o cos_o + z_e sin_o
+
+v is a view of qkv: nothing is copied.  Backward (r is recomputed), with g the gradient of q or k:
+
+    dz_e = g_e cos_e + g_o sin_o,      dz_o = g_o cos_o - g_e sin_e
+    dweight = sum over rows of dz x r,     dx = r (dz weight - x r mean(dz weight x r))
+
+and one launch writes dq, dk and dv into the packed gradient.  Each program keeps one token and walks over samples, so
+that cos, sin and the weights stay in registers.  dweight: one partial sum per program, then one sum over the programs,
+always in the same order.  Strides over heads and tokens are compile-time constants: 72 is a multiple of 8, which
+is 16 bytes, but Triton only learns at run time about multiples of 16.
+
+The reference rounds x r and z to qkv's dtype on the way; here they stay in float32.  bfloat16, float16 and float32;
+float64 is refused (use the reference).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import FLOATS, OfflineCase, check_tensor, on_device
+from ._rows import check_unit_stride, head_and_tail, unit_stride
+
+LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
+_SAMPLES = 16  # samples per program: 12,288 programs at B = N = 256, and partial sums of 2 MB
+_STAGES = 3
+
+
+@triton.jit
+def _pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """[ROWS, LENGTH] -> its even and its odd columns, each [ROWS, LENGTH // 2]."""
+    return tl.split(tl.reshape(x, [ROWS, LENGTH // 2, 2]))
+
+
+@triton.jit
+def _table(weight_ptr, cos_ptr, sin_ptr, START: tl.constexpr, LENGTH: tl.constexpr, DH: tl.constexpr):
+    """weight, cos and sin of columns START.. of one token, as even and odd halves [1, LENGTH // 2], float32."""
+    column = START + tl.arange(0, LENGTH)[None, :]
+    inside = column < DH
+    weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32), 1, LENGTH)
+    cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0), 1, LENGTH)
+    sin_e, sin_o = _pairs(tl.load(sin_ptr + column, inside, 0.0), 1, LENGTH)
+    return weight_e, weight_o, cos_e, cos_o, sin_e, sin_o
+
+
+@triton.jit
+def _place(tokens, BATCH_PER: tl.constexpr, PARTS: tl.constexpr):
+    """Program -> (part q, k or v; token; first sample).  Parts, then tokens vary fastest: neighbours in memory."""
+    program = tl.program_id(0)
+    part = program % PARTS
+    token = (program // PARTS) % tokens
+    first = (program // PARTS // tokens) * BATCH_PER
+    return part, token, first
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    batch,
+    tokens,
+    qkv_b,
+    qkv_n,
+    out_b,
+    eps,
+    OUT_H: tl.constexpr,
+    OUT_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    part, token, first = _place(tokens, SAMPLES, 2)
+    row = tl.arange(0, ROWS)[:, None]
+    here = row < HEADS
+    low = tl.arange(0, HEAD)[None, :]
+    high = HEAD + tl.arange(0, TAIL)[None, :]
+    inside = here & (high < DH)
+    if part == 0:
+        weight_ptr = q_weight_ptr
+        out_ptr = q_ptr
+    else:
+        weight_ptr = k_weight_ptr
+        out_ptr = k_ptr
+    cos_ptr += token * DH
+    sin_ptr += token * DH
+    w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
+    w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+    source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
+    target = out_ptr + token.to(tl.int64) * OUT_N + row * OUT_H
+    kind: tl.constexpr = q_ptr.dtype.element_ty
+
+    for sample in tl.range(first, tl.minimum(first + SAMPLES, batch), num_stages=STAGES):
+        x_row = source + tl.cast(sample, tl.int64) * qkv_b
+        e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
+        e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
+        square = tl.sum(e0 * e0 + o0 * o0, 1) + tl.sum(e1 * e1 + o1 * o1, 1)
+        r = tl.rsqrt(square / DH + eps)[:, None]
+        e0 *= r * w_e0
+        o0 *= r * w_o0
+        e1 *= r * w_e1
+        o1 *= r * w_o1
+        out0 = tl.reshape(tl.join(e0 * cos_e0 - o0 * sin_e0, o0 * cos_o0 + e0 * sin_o0), [ROWS, HEAD])
+        out1 = tl.reshape(tl.join(e1 * cos_e1 - o1 * sin_e1, o1 * cos_o1 + e1 * sin_o1), [ROWS, TAIL])
+        out_row = target + tl.cast(sample, tl.int64) * out_b
+        tl.store(out_row + low, out0.to(kind), here)
+        tl.store(out_row + high, out1.to(kind), inside)
+
+
+@triton.jit
+def _backward_kernel(
+    qkv_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    dqkv_ptr,
+    partial_ptr,
+    batch,
+    tokens,
+    qkv_b,
+    qkv_n,
+    dq_b,
+    dk_b,
+    dv_b,
+    eps,
+    DQ_H: tl.constexpr,
+    DQ_N: tl.constexpr,
+    DK_H: tl.constexpr,
+    DK_N: tl.constexpr,
+    DV_H: tl.constexpr,
+    DV_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    DH: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    part, token, first = _place(tokens, SAMPLES, 3)
+    row = tl.arange(0, ROWS)[:, None]
+    here = row < HEADS
+    low = tl.arange(0, HEAD)[None, :]
+    high = HEAD + tl.arange(0, TAIL)[None, :]
+    inside = here & (high < DH)
+    last = tl.minimum(first + SAMPLES, batch)
+    target = dqkv_ptr + token.to(tl.int64) * (3 * HEADS * DH) + part * HEADS * DH + row * DH
+    packed = tl.cast(tokens, tl.int64) * (3 * HEADS * DH)  # elements of one sample of the packed gradient
+    kind: tl.constexpr = dqkv_ptr.dtype.element_ty
+
+    if part == 2:
+        incoming = dv_ptr + token.to(tl.int64) * DV_N + row * DV_H
+        for sample in tl.range(first, last, num_stages=STAGES):
+            g_row = incoming + tl.cast(sample, tl.int64) * dv_b
+            out_row = target + sample * packed
+            tl.store(out_row + low, tl.load(g_row + low, here, 0.0), here)
+            tl.store(out_row + high, tl.load(g_row + high, inside, 0.0), inside)
+    else:
+        if part == 0:
+            weight_ptr = q_weight_ptr
+            incoming = dq_ptr + token.to(tl.int64) * DQ_N + row * DQ_H
+            g_b = dq_b
+        else:
+            weight_ptr = k_weight_ptr
+            incoming = dk_ptr + token.to(tl.int64) * DK_N + row * DK_H
+            g_b = dk_b
+        cos_ptr += token * DH
+        sin_ptr += token * DH
+        w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
+        w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+        source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
+        sum_e0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
+        sum_o0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
+        sum_e1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
+        sum_o1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
+        for sample in tl.range(first, last, num_stages=STAGES):
+            x_row = source + tl.cast(sample, tl.int64) * qkv_b
+            g_row = incoming + tl.cast(sample, tl.int64) * g_b
+            x_e0, x_o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
+            x_e1, x_o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
+            g_e0, g_o0 = _pairs(tl.load(g_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
+            g_e1, g_o1 = _pairs(tl.load(g_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
+            z_e0 = g_e0 * cos_e0 + g_o0 * sin_o0
+            z_o0 = g_o0 * cos_o0 - g_e0 * sin_e0
+            z_e1 = g_e1 * cos_e1 + g_o1 * sin_o1
+            z_o1 = g_o1 * cos_o1 - g_e1 * sin_e1
+            # both row sums before r is known: mean(dz weight x r) = r sum(dz weight x) / Dh
+            square = tl.sum(x_e0 * x_e0 + x_o0 * x_o0, 1) + tl.sum(x_e1 * x_e1 + x_o1 * x_o1, 1)
+            product = tl.sum(z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0, 1)
+            product += tl.sum(z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1, 1)
+            r = tl.rsqrt(square / DH + eps)[:, None]
+            mean = product[:, None] * r / DH
+            n_e0 = x_e0 * r
+            n_o0 = x_o0 * r
+            n_e1 = x_e1 * r
+            n_o1 = x_o1 * r
+            sum_e0 += z_e0 * n_e0
+            sum_o0 += z_o0 * n_o0
+            sum_e1 += z_e1 * n_e1
+            sum_o1 += z_o1 * n_o1
+            dx0 = tl.reshape(tl.join(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean)), [ROWS, HEAD])
+            dx1 = tl.reshape(tl.join(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean)), [ROWS, TAIL])
+            out_row = target + sample * packed
+            tl.store(out_row + low, dx0.to(kind), here)
+            tl.store(out_row + high, dx1.to(kind), inside)
+        # partial sums [2 (q, k), programs of that part, DH]
+        share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
+        partial = partial_ptr + share.to(tl.int64)
+        sum0 = tl.reshape(tl.join(tl.sum(sum_e0, 0), tl.sum(sum_o0, 0)), [HEAD])
+        sum1 = tl.reshape(tl.join(tl.sum(sum_e1, 0), tl.sum(sum_o1, 0)), [TAIL])
+        tl.store(partial + tl.arange(0, HEAD), sum0)
+        tl.store(partial + HEAD + tl.arange(0, TAIL), sum1, HEAD + tl.arange(0, TAIL) < DH)
+
+
+def _meta(heads: int, width: int, features: int) -> dict[str, Any]:
+    """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
+
+    The tail has at least two a thread (some masked): a load of less than four bytes is not prefetched.
+    """
+    head, tail = head_and_tail(width)
+    rows = triton.next_power_of_2(heads)
+    warps = min(max(rows * head // (32 * features), 1), 8)
+    return {
+        "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * warps // rows),
+        "SAMPLES": _SAMPLES, "STAGES": _STAGES, "num_warps": warps,
+    }  # fmt: skip
+
+
+def _check(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, layout: str
+) -> tuple[int, int, int]:
+    """Batch, tokens and head dimension of checked arguments."""
+    check_tensor("qkv", qkv, FLOATS, (-1, -1, -1))
+    check_unit_stride("qkv", qkv)
+    batch, tokens, packed = qkv.shape
+    if heads < 1 or packed % (3 * heads):
+        raise ValueError(f"qkv has {packed} features, which is not 3 x {heads} heads x a head dimension")
+    width = packed // (3 * heads)
+    if width < 4 or width % 2:
+        raise ValueError(f"the head dimension must be even and at least 4 (RoPE turns pairs), not {width}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check_tensor(name, weight, (torch.float32, qkv.dtype), (width,), qkv.device)
+        check_unit_stride(name, weight)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_tensor(name, table, (torch.float32,), (tokens, width), qkv.device)
+        if not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    return batch, tokens, width
+
+
+def _empty(qkv: Tensor, heads: int, layout: str) -> Tensor:
+    """[B, heads, N, Dh], uninitialised, in the memory order ``layout``."""
+    batch, tokens, packed = qkv.shape
+    width = packed // (3 * heads)
+    if layout == "bhnd":
+        return qkv.new_empty((batch, heads, tokens, width))
+    return qkv.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+@torch.library.custom_op("fastasync::qknorm_rope", mutates_args=())
+def _forward_op(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, layout: str
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, width = _check(qkv, q_weight, k_weight, cos, sin, heads, layout)
+    q, k = _empty(qkv, heads, layout), _empty(qkv, heads, layout)
+    if batch and tokens:
+        with on_device(qkv):
+            _forward_kernel[(2 * tokens * triton.cdiv(batch, _SAMPLES),)](
+                qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
+                qkv.stride(0), qkv.stride(1), q.stride(0), eps,
+                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16),
+            )  # fmt: skip
+    return q, k
+
+
+@_forward_op.register_fake
+def _(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, layout: str
+) -> tuple[Tensor, Tensor]:
+    return _empty(qkv, heads, layout), _empty(qkv, heads, layout)
+
+
+@torch.library.custom_op("fastasync::qknorm_rope_backward", mutates_args=())
+def _backward_op(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    width = packed // (3 * heads)
+    dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
+    dqkv = qkv.new_empty(qkv.shape)
+    programs = tokens * triton.cdiv(batch, _SAMPLES)
+    partial = qkv.new_empty((2, programs, width), dtype=torch.float32)
+    if programs:
+        with on_device(qkv):
+            _backward_kernel[(3 * programs,)](
+                qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, batch, tokens,
+                qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
+                DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
+                DV_H=dv.stride(1), DV_N=dv.stride(2), **_meta(heads, width, 8),
+            )  # fmt: skip
+    dq_weight, dk_weight = partial.sum(1).unbind(0)
+    # copies: an operator's outputs may not share memory
+    return dqkv, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True)
+
+
+@_backward_op.register_fake
+def _(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
+
+
+class _QKNormRope(torch.autograd.Function):
+    """Joins the two operators.  Not ``register_autograd``: v is a view of qkv, which an operator may not return, and
+    its gradient has to reach the backward operator instead of becoming a second tensor of qkv's size."""
+
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, layout):
+        q, k = _forward_op(qkv, q_weight, k_weight, cos, sin, heads, eps, layout)
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.heads, ctx.eps = heads, eps
+        batch, tokens, packed = qkv.shape
+        v = qkv.view(batch, tokens, 3, heads, packed // (3 * heads))[:, :, 2].transpose(1, 2)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
+        grads = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps)
+        return *grads, None, None, None, None, None
+
+
+def qknorm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float = 1e-6,
+    layout: str = "bnhd",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed qkv [B, N, 3 heads Dh] (order q, k, v; then heads; then Dh) -> q, k, v, each of shape [B, heads, N, Dh].
+
+    q and k are normalised over each head (weights [Dh], qkv's dtype or float32) and turned by RoPE with the tables cos
+    and sin [N, Dh] (float32, contiguous, interleaved pairs).  ``layout`` is their memory order: "bnhd" (what the
+    FlashAttention family reads, and the order of qkv itself) or "bhnd".  v is a view of qkv, not a copy; writing to it
+    in place is an error under autograd.  The last axis of qkv must be contiguous, its others may have any stride.
+    TypeError for a dtype, ValueError for a shape, stride, device or layout that the kernel does not take.
+    """
+    if k_weight is q_weight:  # torch.compile of 2.11 drops a gradient of an argument given twice; 2.13 refuses it
+        k_weight = k_weight.view_as(k_weight)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, layout)
+
+
+def _offline() -> list[OfflineCase]:
+    """XL: 16 heads of 72, in bfloat16 and float32."""
+    cases = []
+    forward, backward = _meta(16, 72, 16), _meta(16, 72, 8)
+    forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
+    for kind in ("*bf16", "*fp32"):
+        sizes = {"batch": "i32", "tokens": "i32"}
+        tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+        inputs = {"qkv_ptr": kind, "q_weight_ptr": kind, "k_weight_ptr": kind}
+        strides: tuple[str, ...] = ("qkv_b", "qkv_n", "out_b")
+        signature = inputs | tables | {"q_ptr": kind, "k_ptr": kind} | sizes
+        signature |= dict.fromkeys(strides, "i32") | {"eps": "fp32"}
+        forward |= {"OUT_H": 72, "OUT_N": 1152}
+        cases.append(OfflineCase(_forward_kernel, signature, forward, forward_warps, strides))
+        strides = ("qkv_b", "qkv_n", "dq_b", "dk_b", "dv_b")
+        signature = inputs | tables | {f"{name}_ptr": kind for name in ("dq", "dk", "dv", "dqkv")} | sizes
+        signature |= dict.fromkeys(strides, "i32") | {"partial_ptr": "*fp32", "eps": "fp32"}
+        backward |= {"DQ_H": 72, "DQ_N": 1152, "DK_H": 72, "DK_N": 1152, "DV_H": 72, "DV_N": 1152}
+        cases.append(OfflineCase(_backward_kernel, signature, backward, backward_warps, strides))
+    return cases
+
+
+OFFLINE = _offline()

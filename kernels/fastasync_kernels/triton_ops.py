@@ -1,0 +1,33 @@
+"""Every fused operation as Triton kernels, under the names and signatures of reference.py.
+
+What is not fused (the generator, broadcasting over channels, a bare RMSNorm that torch.compile fuses by itself) is the
+reference's own, so that either namespace can stand in for the other.
+"""
+
+from __future__ import annotations
+
+from .adaln import gated_rmsnorm_modulate, rmsnorm_modulate
+from .flow_errors import corrected_loss, flow_errors
+from .guided_update import guided_update
+from .noising import noising
+from .qknorm_rope import qknorm_rope
+from .reference import draw_noise, per_channel, philox, philox_normal, philox_uniform, rmsnorm, rotate_pairs
+from .swiglu import swiglu
+
+__all__ = [
+    "corrected_loss",
+    "draw_noise",
+    "flow_errors",
+    "gated_rmsnorm_modulate",
+    "guided_update",
+    "noising",
+    "per_channel",
+    "philox",
+    "philox_normal",
+    "philox_uniform",
+    "qknorm_rope",
+    "rmsnorm",
+    "rmsnorm_modulate",
+    "rotate_pairs",
+    "swiglu",
+]

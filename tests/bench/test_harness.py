@@ -1,0 +1,213 @@
+"""The benchmarks' own arithmetic: statistics, errors, files, categories; and every subject at sizes of a CPU."""
+
+import importlib
+import time
+
+import fastasync_kernels
+import pytest
+import torch
+
+from bench import gpu_session, harness, plots, profile_step, run
+from bench.harness import Bench, Operation, Row, WrongResult, check, paired_overhead, summarize, with_backward
+from bench.subjects import SUBJECTS, common
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bench():
+    lines = []
+    made = Bench(CPU, rounds=1, say=lines.append)
+    made.lines = lines
+    made.copy_rate, made.matmul_rate = 1e9, 1e12
+    return made
+
+
+def test_summary_is_order_statistics():
+    found = summarize([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert found == (3.0, 1.4, 4.6, 5)
+    assert summarize([2.0]) == (2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="no times"):
+        summarize([])
+
+
+def test_overhead_interval_covers_the_truth():
+    """95 % of intervals from noisy pairs contain the true overhead; pairing removes what both share."""
+    generator = torch.Generator().manual_seed(0)
+    covered, width = 0, []
+    for _ in range(400):
+        drift = 5 * torch.randn(12, generator=generator, dtype=torch.float64)
+        first = 100 + drift + 0.5 * torch.randn(12, generator=generator, dtype=torch.float64)
+        second = 101 + drift + 0.5 * torch.randn(12, generator=generator, dtype=torch.float64)
+        mean, low, high = paired_overhead(first.tolist(), second.tolist())
+        covered += low <= 0.01 <= high
+        width.append(high - low)
+        assert low <= mean <= high
+    assert 0.91 < covered / 400 < 0.985
+    assert sum(width) / 400 < 0.012
+    with pytest.raises(ValueError, match="two pairs"):
+        paired_overhead([1.0], [1.0])
+
+
+def test_rows_survive_the_file(tmp_path, bench):
+    bench.add("a", "b, c", "v", "[1]", "f", summarize([1.0, 2.0]), nbytes=1e6, note='says "x", 95 % of it')
+    bench.add("a", "b", "w", "[1]", "f", summarize([4.0]), flops=2e9, images=8)
+    path = tmp_path / "folder" / "gpu.csv"
+    harness.write_rows(path, bench.rows[:1])
+    harness.write_rows(path, bench.rows[1:])
+    back = harness.read_rows(path)
+    assert [(r.case, r.variant, r.ms, r.count, r.note) for r in back] == [
+        (r.case, r.variant, r.ms, r.count, r.note) for r in bench.rows
+    ]
+    assert back[0].gb_per_s == pytest.approx(1e6 / 1.5e-3 / 1e9, rel=1e-5)
+    assert back[0].share == pytest.approx(1e6 / 1e9 / 1.5e-3, rel=1e-5)  # floor's time over the measured time
+    assert (back[1].gb_per_s, back[1].images_per_s) == (None, pytest.approx(2000))
+    assert back[1].tflop_per_s == pytest.approx(0.5)
+    path.write_text("other,columns\n")
+    with pytest.raises(ValueError, match="other columns"):
+        harness.write_rows(path, bench.rows)
+
+
+def test_check_refuses_what_is_worse_than_the_reference():
+    x = [torch.linspace(0.1, 3, 1000)]
+    reference = {"reference": lambda x: x.exp()}
+    assert check(reference | {"same": lambda x: torch.exp(x)}, x)["same"] < 1e-6
+    for wrong in (
+        lambda x: x.exp() * (1 + 1e-6),
+        lambda x: x.exp() * float("nan"),
+        lambda x: (x.exp(), x),
+        lambda x: x.half().exp().float(),
+    ):
+        with pytest.raises(WrongResult):
+            check(reference | {"wrong": wrong}, x)
+
+
+def test_with_backward_gives_outputs_and_gradients():
+    a, b = torch.ones(3, requires_grad=True), torch.full((3,), 2.0)
+    out, grad = with_backward(lambda a, b: a * b)(a, b, [torch.tensor([1.0, 2.0, 3.0])])
+    assert (out.tolist(), grad.tolist()) == ([2.0] * 3, [2.0, 4.0, 6.0])
+
+
+def test_interleaving_times_every_variant_in_turn(bench):
+    order = []
+    calls = {name: lambda name=name: order.append(name) or time.sleep(0.002) for name in "ab"}
+    times = bench.interleaved(calls, rounds=2, warm=1, inner=2, before=lambda: order.append("|"))
+    assert "".join(order) == "|aaa|bbb|bbb|aaa"
+    assert [len(values) for values in times.values()] == [4, 4]
+    assert all(2 <= ms < 100 for values in times.values() for ms in values)
+
+
+def test_out_of_time_is_said(bench):
+    bench.deadline = time.monotonic() - 1
+    bench.operation(Operation("s", "c", "[]", "f", {}, lambda seed, batch: [], 1))
+    assert bench.rows == []
+    assert bench.skipped == ["s c [] f: out of time"]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_subject_runs_on_a_cpu(bench, subject):
+    importlib.import_module(f"bench.subjects.{subject}").run(bench)
+    assert bench.rows
+    assert {row.subject for row in bench.rows} == {subject}
+    assert all(row.ms > 0 and row.ms_low <= row.ms <= row.ms_high for row in bench.rows)
+    if subject in ("noising", "attention", "optimizer", "step"):
+        assert any("CUDA" in line or "GPU" in line or "apex" in line for line in bench.skipped)
+    if subject == "data":
+        found = {row.variant for row in bench.rows} | {"dali cpu" for line in bench.skipped if "not installed" in line}
+        assert found == {"in memory", "opens each sample", "shards, direct", "shards, ahead", "pillow", "dali cpu"}
+
+
+@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu"])
+def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
+    """The Triton variants, in the interpreter: what a GPU will time is compared with the reference in the same way."""
+    module = importlib.import_module(f"bench.subjects.{subject}")
+    triton = fastasync_kernels.select("triton", "cpu")
+    monkeypatch.setattr(common, "kernels", lambda *_: triton)
+    if hasattr(module, "kernels"):
+        monkeypatch.setattr(module, "kernels", lambda *_: triton)
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    checked = []
+    monkeypatch.setattr(bench, "operation", lambda op: checked.append(check(op.variants, op.make(0, min(op.batch, 2)))))
+    module.run(bench)
+    assert checked
+    assert all("triton" in errors for errors in checked)
+
+
+def test_command_line(tmp_path, capsys):
+    assert run.main(["nosuch"]) == 2
+    assert "no subject 'nosuch'" in capsys.readouterr().err
+    assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu"]) == 0
+    assert "not recorded" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu", "--record"]) == 0
+    assert {row.subject for row in harness.read_rows(tmp_path / "cpu.csv")} == {"ceilings", "swiglu"}
+
+
+def test_a_failing_subject_does_not_end_the_others(bench, monkeypatch):
+    class Broken:
+        def run(self, bench):
+            raise WrongResult("triton: result 0")
+
+    real = importlib.import_module
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: Broken() if name.endswith("loss") else real(name))
+    failures = run.run_subjects(bench, ["loss", "swiglu"])
+    assert failures == ["loss: WRONG: triton: result 0"]
+    assert "swiglu" in {row.subject for row in bench.rows}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTT", "GEMM"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32", "GEMM"),
+        ("void at::native::multi_tensor_apply_kernel<...>", "optimizer"),
+        ("fastasync::update_kernel<true>(...)", "optimizer"),
+        ("triton_red_fused_native_layer_norm_0", "element-wise"),
+        ("_backward_kernel", "element-wise"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("something", "other"),
+    ],
+)
+def test_kernels_have_a_category(kernel, kind):
+    assert profile_step.category(kernel) == kind
+
+
+def test_time_by_category_is_a_steps():
+    totals = profile_step.by_category([("nvjet_a", 3000.0), ("nvjet_b", 1000.0), ("triton_poi", 500.0)], 2)
+    assert (totals["GEMM"], totals["element-wise"], totals["other"]) == (2.0, 0.25, 0.0)
+
+
+def test_plots(tmp_path, bench, capsys):
+    for ms, variant in ((3.0, "reference"), (1.0, "triton")):
+        bench.add("swiglu", "fwd", variant, "[1]", "bf16", summarize([ms, ms * 1.1]), nbytes=8e5)
+    for kind in ("GEMM", "attention"):
+        bench.add("profile", kind, "ours", "XL batch 256", "", summarize([10.0]))
+    note = "overhead +0.120%, 95 % interval -0.050% to +0.290%"
+    bench.add("schedule_overhead", "step XL", "learned", "batch 256", "bf16", summarize([360.0]), note=note)
+    harness.write_rows(tmp_path / "gpu.csv", bench.rows)
+    assert plots.main([str(tmp_path / "gpu.csv"), "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"roofline.png", "breakdown.png", "overhead.png"}
+    assert plots.main([str(tmp_path / "none.csv")]) == 2
+    newest = plots.latest([*bench.rows, *(Row(**{**vars(row), "ms": 9.0}) for row in bench.rows[:1])])
+    assert len(newest) == len(bench.rows)
+    assert newest[0].ms == 9.0
+
+
+def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):
+    """A stage that hangs is ended, the next ones run with what is left, and the table is printed."""
+    monkeypatch.setattr(gpu_session, "SPARE", 0.0)
+    stages = {
+        "hangs": (1.0, ["-c", "import time; print('  begun', flush=True); time.sleep(60)"]),
+        "works": (30.0, ["-c", "print('  done')"]),
+        "fails": (30.0, ["-c", "raise SystemExit(3)"]),
+    }
+    monkeypatch.setattr(gpu_session, "STAGES", stages)
+    start = time.monotonic()
+    assert gpu_session.main(["--minutes", "1", "--stages", "hangs,works,fails", "--out", str(tmp_path)]) == 1
+    assert time.monotonic() - start < 20
+    said = capsys.readouterr().out
+    assert "hangs: out of time; works: ok; fails: exit code 3" in said
+    assert (tmp_path / "session.log").read_text() == "  begun\n  done\n"
+    with pytest.raises(SystemExit):
+        gpu_session.main(["--stages", "nothing"])

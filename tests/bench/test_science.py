@@ -1,0 +1,360 @@
+"""The study of schedules: its arithmetic on hand-made data, its rows, resuming, and a miniature on digits."""
+
+import argparse
+import csv
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.science import plan, rules, study
+from bench.science.plan import FAILED, Ledger, Question, RankJob, Rates, TrainJob, merge
+from bench.science.runner import Workshop
+from bench.science.specs import SAMPLE_SEED, STUDIES, Spec, nfe, sampler
+from bench.science.statistics import paired, spearman, steps_to_reach, summary
+from bench.science.table import Table, markdown
+from fastasync.errors import UserError
+from fastasync.training import load_model
+
+TINY = replace(
+    STUDIES["digits"],
+    settings=(
+        *("representations.encoder_steps=15", "representations.semvae_steps=10", "model.depth=1", "model.width=32"),
+        *("model.heads=2", "train.batch=256", "train.warmup=2", "train.ema=0.5", "sample.count=40"),
+        *("evaluate.metrics=fid,kid", "probe.depth=1", "probe.width=16", "probe.heads=1", "probe.batch=16"),
+        *("probe.budget=1.0", "probe.train_share=0.2", "probe.sampling_steps=1", "probe.beta=0.03"),
+    ),
+    steps=40,
+    serves=0,
+    headline=("heun2", "heun4"),
+    curve=("heun2", "heun4"),
+    fixed=("synchronous", "power:2"),
+    scan_seeds=1,
+    rank_samples=60,
+    rules=("C",),
+    longer=2,
+    sample_batch=40,
+)
+ASSUMED = Rates(0.01, 1e-4, 1.0)
+
+
+# --- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def test_summary():
+    found = summary([1.0, 2.0, 6.0])
+    assert found == (3.0, pytest.approx(math.sqrt(7.0)), 1.0, 6.0, 3)
+    assert str(found) == "3.000 ± 2.646"
+    assert summary([2.0]).deviation == 0.0
+    with pytest.raises(ValueError):
+        summary([])
+
+
+def test_spearman_against_known_values():
+    assert spearman([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    # 1 - 6 sum d^2 / (n (n^2 - 1)), d = (0, 1, -1, 1, -1)
+    assert spearman([1, 2, 3, 4, 5], [1, 3, 2, 5, 4]) == pytest.approx(1 - 6 * 4 / (5 * 24))
+    # ties have their mean rank: ranks (1.5, 1.5, 3) and (1, 2, 3)
+    assert spearman([7, 7, 8], [1, 2, 3]) == pytest.approx(math.sqrt(0.75))
+    assert math.isnan(spearman([1, 2], [1, 2]))
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    with pytest.raises(ValueError):
+        spearman([1, 2, 3], [1, 2])
+
+
+def test_paired_differences_and_verdicts():
+    theirs = {0: 10.0, 1: 20.0, 2: 30.0}
+    small = paired({0: 9.5, 1: 19.0, 2: 28.4, 7: 1.0}, theirs)
+    assert small.change.mean == pytest.approx(-0.05111, abs=1e-4)
+    assert (small.better, small.change.seeds) == (3, 3)
+    # every seed improves by about 5 %, but seeds differ more than schedules do: better, not a win
+    assert not small.separated
+    assert small.verdict == "better"
+    assert paired({0: 2.0, 1: 2.1, 2: 1.9}, {0: 3.0, 1: 3.2, 2: 2.9}).verdict == "wins"
+    # apart by less than the target
+    assert paired({0: 2.00, 1: 2.01, 2: 1.99}, {0: 2.1, 1: 2.11, 2: 2.09}).verdict == "better"
+    assert paired({0: 11.0, 1: 22.0, 2: 33.5}, theirs).verdict == "worse"
+    assert paired({0: 9.0, 1: 22.0, 2: 29.0}, theirs).verdict == "no difference shown"
+    assert paired({0: 1.0}, theirs).verdict == "one seed: no verdict"
+    # two seeds can be better but never win
+    assert paired({0: 2.0, 1: 2.0}, {0: 3.0, 1: 3.01}).verdict == "better"
+    assert paired({5: 1.0}, theirs) is None
+
+
+def test_steps_to_reach():
+    steps, values = [100, 200, 400], [8.0, 4.0, 2.0]
+    assert steps_to_reach(steps, values, 4.0) == pytest.approx(200)
+    assert steps_to_reach(steps, values, math.sqrt(8.0)) == pytest.approx(200 * math.sqrt(2))
+    assert steps_to_reach(steps, values, 9.0) == 100
+    assert steps_to_reach(steps, values, 1.0) is None
+
+
+def test_samplers_and_seeds():
+    assert sampler("heun18") == ("heun", 9)
+    assert nfe("heun18") == 18
+    assert nfe("dopri5") is None
+    for name, each in STUDIES.items():
+        for seed in (0, 1, 100, 102):
+            config = each.config(Spec("synchronous", seed))
+            assert config.sample.seed == SAMPLE_SEED + seed
+            assert config.sample.seed != each.probe_config("C", "base", seed).probe.seed
+        assert len(each.fixed) >= (14 if name == "cifar10" else 7)
+        for size in each.sizes:
+            for variant in each.probes:
+                each.config(Spec("C", 0, size=size, probe=variant))
+                each.probe_config("C", variant, 0, "triple")
+        assert each.milestones == (each.steps // 4, each.steps // 2, each.steps, 2 * each.steps, 4 * each.steps)
+
+
+# --- rows and jobs ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_survive_and_are_found_by_key(tmp_path):
+    columns = ["name", "seed", "status", "value"]
+    table = Table(tmp_path / "rows.csv", columns, 2)
+    table.put({"name": "power:2, seed", "seed": 3, "value": 0.123456789})
+    table.put({"name": "power:2, seed", "seed": 3, "status": "done"})
+    again = Table(tmp_path / "rows.csv", columns, 2)
+    assert again.get("power:2, seed", 3) == {"name": "power:2, seed", "seed": "3", "status": "done", "value": "0.12346"}
+    assert len(again.rows) == 1
+    with pytest.raises(ValueError):
+        table.put({"name": "x", "seed": 1, "vlaue": 2})
+    with pytest.raises(UserError, match="another version"):
+        Table(tmp_path / "rows.csv", ["label", "seed", "value"], 2)
+    assert markdown(["a", "b"], [{"a": 1.5, "b": None}]) == "| a | b |\n|---|---|\n| 1.5 |  |"
+
+
+def fake(ledger, spec, values, step=None, status="done"):
+    """A row with FIDs by sampler."""
+    row = {**{name: getattr(spec, name) for name in plan.SPEC_FIELDS}, "step": step or ledger.study.steps}
+    ledger.runs.put(
+        {**row, "status": status, "hardware": "x", "train_seconds": 40.0, "sample_seconds": 2.4, "score_seconds": 1.0}
+        | {f"fid_{name}": value for name, value in values.items()}
+    )
+
+
+def test_jobs_merge_and_what_is_missing(tmp_path):
+    ledger = Ledger(TINY, [0], tmp_path)
+    spec = Spec("power:2", 0)
+    jobs = merge([TrainJob(spec, ((40, ("heun2",)),)), RankJob("base", 0), RankJob("base", 0),
+                  TrainJob(spec, ((20, ("heun2",)), (40, ("heun4", "heun2"))))])  # fmt: skip
+    assert jobs == [TrainJob(spec, ((20, ("heun2",)), (40, ("heun2", "heun4")))), RankJob("base", 0)]
+    assert ledger.missing(jobs[0]) == jobs[0]
+    fake(ledger, spec, {"heun2": 3.0})
+    assert ledger.missing(jobs[0]) == TrainJob(spec, ((20, ("heun2",)), (40, ("heun4",))))
+    fake(ledger, spec, {"heun2": 3.0}, step=20)
+    fake(ledger, spec, {"heun4": 3.0})
+    assert ledger.missing(jobs[0]) is None
+    other = TrainJob(replace(spec, seed=1), jobs[0].points)
+    fake(ledger, other.spec, {}, step=20, status=FAILED)
+    fake(ledger, other.spec, {}, status=FAILED)
+    assert ledger.missing(other) is None
+    assert ledger.by_seed(spec, 40, "heun2", [0, 1]) == {0: 3.0}
+
+
+def test_best_fixed_waits_for_the_whole_scan(tmp_path):
+    ledger = Ledger(replace(TINY, scan_seeds=2), [0], tmp_path)
+    assert ledger.best_fixed() is None
+    assert ledger.rivals() == ["best fixed"]
+    for seed, values in ((100, (4.0, 2.0)), (101, (4.0, 2.2))):
+        fake(ledger, Spec("synchronous", seed), {"heun2": values[0], "heun4": values[1]})
+    fake(ledger, Spec("power:2", 100), {"heun2": 3.0, "heun4": 2.3})
+    assert ledger.best_fixed() is None
+    fake(ledger, Spec("power:2", 101), {"heun2": 3.1, "heun4": 2.3})
+    best = {"heun2": "power:2", "heun4": "synchronous", "all": "power:2"}
+    assert ledger.best_fixed() == best
+    assert ledger.rivals() == ["power:2", "synchronous"]
+    # what failed on one of the seeds does not stand
+    fake(ledger, Spec("power:2", 101), {"heun2": "", "heun4": ""}, status=FAILED)
+    assert ledger.best_fixed() == {"heun2": "synchronous", "heun4": "synchronous", "all": "synchronous"}
+
+
+def test_rates_are_measured_from_finished_runs(tmp_path):
+    ledger = Ledger(TINY, [0], tmp_path)
+    assert plan.measured_rates(ledger, "x", ASSUMED) == ASSUMED
+    fake(ledger, Spec("power:2", 0), {"heun2": 1.0, "heun4": 1.0})
+    # 40 s for 40 steps, 2.4 s for 40 images of 6 evaluations, 1 s for two sets
+    assert plan.measured_rates(ledger, "x", ASSUMED) == Rates(1.0, pytest.approx(0.01), 0.5, True)
+    assert plan.measured_rates(ledger, "another machine", ASSUMED) == ASSUMED
+
+
+def test_reports_from_hand_made_rows(tmp_path):
+    wide = replace(TINY, fixed=("synchronous", "offset:0.3", "power:2", "cascade"))
+    ledger = Ledger(wide, [0, 1, 2], tmp_path)
+    trained = {"synchronous": 4.0, "offset:0.3": 3.0, "power:2": 2.0, "cascade": 5.0}
+    for name, value in trained.items():
+        fake(ledger, Spec(name, 100), {"heun2": value, "heun4": value})
+    for seed in (0, 1, 2):
+        shift = 0.05 * seed
+        for name, value in (("synchronous", 4.0), ("power:2", 2.0), ("C", 1.5)):
+            fake(ledger, Spec(name, seed), {"heun2": value + shift, "heun4": value + shift})
+            for step in (10, 20, 80):
+                fake(ledger, Spec(name, seed), {"heun2": value * 40 / step, "heun4": value * 40 / step}, step=step)
+        # C's distances rank as the trained do, B's objectives the other way round
+        for place, name in enumerate(("C", "power:2", "offset:0.3", "synchronous", "cascade")):
+            ledger.ranks.put({"variant": "base", "seed": seed, "schedule": name, "status": "done", "flops": 10.0,
+                              "distance": place + 0.5, "objective": 9.0 - place, "chosen": "x", "budget": 0.01,
+                              "probe_steps": 9, "probe_seconds": 1.5})  # fmt: skip
+    report = study.QUESTIONS[1].report(ledger)
+    tables = {section.name: section.rows for section in report.sections}
+    assert tables["headline"][-1] == {"schedule": "C", "heun2": "1.550 ± 0.050", "heun4": "1.550 ± 0.050",
+                                      "all": "1.550 ± 0.050"}  # fmt: skip
+    verdicts = {(row["sampler"], row["against"]): row["verdict"] for row in tables["paired"]}
+    assert verdicts["heun2", "power:2"] == "wins"
+    row = tables["ranking"][0]
+    assert (row["probe's seed"], row["schedules"]) == (0, 5)
+    assert (row["Spearman of C"], row["Spearman of B"]) == (pytest.approx(1.0), pytest.approx(-1.0))
+    assert report.picture is not None
+    size = study.QUESTIONS[2].report(ledger)
+    assert size.sections[0].rows[0]["Spearman of C"] == "1.000 ± 0.000"
+    # C needs 40 * 1.5 / 2 = 30 steps for power:2's FID at 40: values fall as 1 / steps between 20 and 40
+    saved = {row["goal"]: row["times fewer steps"] for row in study.QUESTIONS[4].report(ledger).sections[0].rows}
+    assert float(saved["power:2 at 40 steps"].split()[0]) == pytest.approx(4 / 3, abs=0.05)
+    path = study.write_reports(ledger, [1, 2, 3, 4, 5, 6, 7], "command")
+    text = path.read_text()
+    assert "wins" in text
+    assert "![question 1](q1.png)" in text
+    assert (tmp_path / "q1.png").stat().st_size > 1000
+
+
+def test_how_well_the_trained_order_repeats(tmp_path):
+    ledger = Ledger(
+        replace(TINY, fixed=("synchronous", "offset:0.3", "power:2", "cascade"), scan_seeds=2), [0], tmp_path
+    )
+    assert rules.seed_agreement(ledger) == []
+    # the second seed is worse throughout, which must not matter, and its order is (1, 3, 2) instead of (1, 2, 3)
+    for seed, values in ((100, (9.0, 1.0, 2.0, 3.0)), (101, (18.0, 2.0, 6.0, 5.0))):
+        for name, value in zip(ledger.study.fixed, values):
+            fake(ledger, Spec(name, seed), {"heun2": value, "heun4": value})
+    assert rules.seed_agreement(ledger) == [pytest.approx(0.5)]
+
+
+# --- the miniature ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Question 1 with two fixed schedules and C, one seed, and the run from the probe's weights."""
+    folder = tmp_path_factory.mktemp("science")
+    ledger = Ledger(TINY, [0], folder / "out")
+    workshop = Workshop(TINY, folder / "out", folder / "work", lambda line: None)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    assert study.work(worker, [1], ASSUMED, say=lambda line: None) == []
+    return folder, ledger, workshop, worker
+
+
+def test_miniature_end_to_end(finished):
+    folder, ledger, workshop, _ = finished
+    with open(folder / "out" / "runs.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    # the scan on its own seed, then synchronous, the best fixed one (which may be synchronous) and C
+    assert {(row["schedule"], row["seed"]) for row in rows} >= {("power:2", "100"), ("synchronous", "0"), ("C", "0")}
+    for row in rows:
+        assert row["status"] == "done", row["error"]
+        assert float(row["fid_heun2"]) > 0
+        assert row["kid_heun4"]
+        assert float(row["train_seconds"]) > 0
+        assert (row["command"], row["step"]) == ("the command", "40")
+    ranks = {key[2]: row for key, row in ledger.ranks.rows.items()}
+    assert set(ranks) == {"synchronous", "power:2", "C", "B"}
+    assert float(ranks["C"]["budget"]) <= 1.0
+    schedule = workshop.schedule(Spec("C", 0))
+    assert schedule.fingerprint == ledger.row(Spec("C", 0), 40)["fingerprint"]
+    path = study.write_reports(ledger, [1], "the command")
+    assert "Which rule gives the best trained model" in path.read_text()
+
+
+def test_nothing_is_done_twice(finished):
+    folder, ledger, workshop, _ = finished
+    again = Ledger(TINY, [0], folder / "out")
+    assert study.plan(again, workshop, [1])[1] == []
+    # one figure lost: only that sampler is scored again, on the checkpoint that is there
+    spec, before = Spec("C", 0), dict(ledger.row(Spec("C", 0), 40))
+    again.runs.put({**{name: getattr(spec, name) for name in plan.SPEC_FIELDS}, "step": 40, "fid_heun4": ""})
+    assert study.plan(again, workshop, [1])[1] == [TrainJob(spec, ((40, ("heun4",)),))]
+    second = study.Worker(again, workshop, "another command", keep=True, say=lambda line: None)
+    assert study.work(second, [1], ASSUMED, say=lambda line: None) == []
+    after = again.row(spec, 40)
+    assert after["train_seconds"] == before["train_seconds"]
+    assert {name: after[name] for name in ("fid_heun2", "fid_heun4")} == {
+        name: before[name] for name in ("fid_heun2", "fid_heun4")
+    }
+
+
+def test_a_failed_run_is_a_row_and_the_rest_goes_on(finished, monkeypatch, tmp_path):
+    _, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], tmp_path)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    points = ((40, ("heun2",)),)
+    jobs = [TrainJob(Spec("cascade", 0, size="nowhere"), points), TrainJob(Spec("power:2", 100), points)]
+    monkeypatch.setitem(study.QUESTIONS, 1, Question(1, "two", lambda *_: jobs, study.QUESTIONS[1].report))
+    monkeypatch.setattr(study, "seconds", lambda *_: 1.0)  # the estimate would name the unknown size
+    assert study.work(worker, [1], ASSUMED, say=lambda line: None) == []
+    row = ledger.row(jobs[0].spec, 40)
+    assert row["status"] == FAILED
+    assert "nowhere" in row["error"]
+    assert ledger.row(jobs[1].spec, 40)["status"] == "done"
+    assert "cascade 0 nowhere" in study.write_reports(ledger, [1], "x").read_text()
+
+
+def test_failures_in_a_row_stop_the_study(finished, monkeypatch, tmp_path):
+    _, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], tmp_path)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    jobs = [TrainJob(Spec(f"offset:{i}", 0, size="nowhere"), ((40, ("heun2",)),)) for i in range(5)]
+    monkeypatch.setitem(study.QUESTIONS, 1, Question(1, "five", lambda *_: jobs, study.QUESTIONS[1].report))
+    monkeypatch.setattr(study, "seconds", lambda *_: 1.0)
+    assert len(study.work(worker, [1], ASSUMED, say=lambda line: None)) == 5 - study.FAILURES
+    assert len(ledger.runs.rows) == study.FAILURES
+
+
+def test_time_limit_starts_nothing_that_does_not_fit(finished, tmp_path):
+    _, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], tmp_path)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    left = study.work(worker, [1], Rates(10.0, 1.0, 1.0), limit=5.0, say=lambda line: None)
+    assert left
+    assert not ledger.runs.rows
+
+
+def test_main_run_starts_from_the_probes_weights(finished):
+    _, _, workshop, _ = finished
+    study_ = replace(TINY, probes={"base": (), "main shape": ("probe.depth=1", "probe.width=32", "probe.heads=2")})
+    warm = Workshop(study_, workshop.out, workshop.work / "warm", lambda line: None)
+    warm._inputs = workshop._inputs
+    spec = Spec("C", 0, probe="main shape", start="probe")
+    config = study_.config(spec, 3)
+    warm._start_from_probe(spec, config, warm.schedule(spec), warm.run_folder(spec))
+    start = load_model(warm.run_folder(spec))
+    network, _ = warm._probe_network(study_.probe_config("C", "main shape", 0), "C", "main shape", 0)
+    expected = network.state_dict()
+    for ema in (True, False):
+        found = load_model(warm.run_folder(spec), ema=ema).model.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert start.info.step == 0
+    trained = warm.train(spec, [3])
+    assert load_model(trained.folder).info.step == 3
+    assert 0 < warm.probe_steps("main shape") < study_.steps
+
+
+def test_plan_and_bad_input(capsys, tmp_path):
+    words = ["--preset", "digits", "--dry-run", "--seeds", "1", "--out", str(tmp_path), "--work", str(tmp_path / "w")]
+    assert study.main(words) == 0
+    said = capsys.readouterr().out
+    for number in study.QUESTIONS:
+        assert f"question {number}: " in said
+    assert "assumed" in said
+    assert "known after the scan" in said
+    assert not list(tmp_path.iterdir())
+    for bad, says in (
+        (["--preset", "digit"], "did you mean 'digits'"),
+        (["--questions", "9"], "--questions"),
+        (["--preset", "digits", "--seeds", "0"], "--seeds"),
+        (["--preset", "digits", "--set", "train.stps=3", "--dry-run"], "did you mean 'steps'"),
+        (["--preset", "cifar10", "--set", f"data.root={tmp_path}"], "cifar10"),
+    ):
+        assert study.main([*bad, "--out", str(tmp_path)]) == 2
+        assert says in capsys.readouterr().err
+    assert isinstance(study.parser(), argparse.ArgumentParser)

@@ -1,0 +1,29 @@
+"""For every test: one thread, the same random numbers each time, and without a GPU Triton's interpreter."""
+
+import os
+import random
+
+os.environ["OMP_NUM_THREADS"] = "1"  # several threads in several processes wait for each other; for child processes too
+
+import numpy
+import pytest
+import torch
+
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported, which fastasync.model does
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Tests that draw without a generator of their own draw the same numbers whichever worker runs them, and when."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,283 @@
+"""Attention backends: the formula, the choice and its cache, the FlashAttention wrappers, errors, torch.compile."""
+
+import functools
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from fastasync_kernels import attention as module
+from fastasync_kernels.attention import BACKENDS, BackendUnavailable, attention, available_backends, resolve_backend
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+XL = (256, 16, 256, 72)
+
+
+def draw(shape=(2, 3, 10, 72), dtype=torch.float32, seed=0):
+    """q and k in memory order B, N, heads, Dh and v a slice of a packed tensor, as qknorm_rope returns them."""
+    batch, heads, tokens, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randn(batch, tokens, 3, heads, width, generator=generator).to(DEVICE, dtype)
+    q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
+    upstream = torch.randn(batch, heads, tokens, width, generator=generator).to(DEVICE, dtype)
+    return (q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v), upstream
+
+
+def run(function, tensors, upstream, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def exact(tensors, upstream):
+    return run(module._reference, tensors, upstream, torch.float64)
+
+
+def test_the_formula():
+    (q, k, v), _ = draw((1, 1, 4, 8), torch.float64)
+    weights = torch.exp(torch.einsum("id,jd->ij", q[0, 0], k[0, 0]) / 8**0.5)
+    expected = (weights / weights.sum(1, keepdim=True)) @ v[0, 0]
+    torch.testing.assert_close(attention(q, k, v, "reference")[0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_reference_computes_in_float32_even_under_autocast(dtype, no_worse):
+    tensors, upstream = draw(dtype=dtype)
+    plain = run(module._reference, tensors, upstream)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = attention(*tensors, backend="reference")
+    assert torch.equal(out, plain[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 10, 72), (0, 2, 5, 8), (3, 1, 33, 64)])
+def test_sdpa_and_auto_no_worse_than_twice_the_reference(shape, no_worse):
+    tensors, upstream = draw(shape)
+    names = ["out", "dq", "dk", "dv"]
+    theirs, truth = run(module._reference, tensors, upstream), exact(tensors, upstream)
+    for backend in ("sdpa", "auto"):
+        no_worse(run(lambda q, k, v, b=backend: attention(q, k, v, b), tensors, upstream), theirs, truth, names)
+
+
+def test_one_token_attends_to_itself():
+    (q, k, v), upstream = draw((1, 2, 1, 8))
+    out, dq, dk, dv = run(attention, (q, k, v), upstream)
+    assert torch.equal(out, v)
+    assert torch.equal(dv, upstream)
+    # the true gradient is zero: dout v - dout out, two sums of 8 products that may round differently
+    bound = 2 * 8 * 2.0**-24 * float(upstream.norm() * v.norm() * max(q.norm(), k.norm()))
+    assert max(dq.abs().max(), dk.abs().max()) <= bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 16, 256, 72), (2, 6, 64, 64), (3, 2, 100, 72)])
+def test_every_available_backend_compiled_and_eager(shape, dtype, no_worse):
+    tensors, upstream = draw(shape, dtype)
+    truth, theirs = exact(tensors, upstream), run(module._sdpa, tensors, upstream)
+    for backend, reason in available_backends(DEVICE, dtype, shape).items():
+        if reason:
+            continue
+        function = functools.partial(attention, backend=backend)
+        no_worse(run(function, tensors, upstream), theirs, truth, [f"{backend} {n}" for n in ("out", "dq", "dk", "dv")])
+        torch.compiler.reset()
+        compiled = torch.compile(function, fullgraph=True)
+        no_worse(run(compiled, tensors, upstream), theirs, truth)
+
+
+def test_auto_on_cpu_is_sdpa_without_a_measurement(monkeypatch):
+    monkeypatch.setattr(module, "_measure", None)
+    assert resolve_backend("auto", "cpu", torch.bfloat16, XL) == "sdpa"
+
+
+def test_compiled_whole_equals_eager():
+    tensors, upstream = draw()
+    for backend in ("sdpa", "reference"):
+        torch.compiler.reset()
+        function = functools.partial(attention, backend=backend)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        expected = run(function, tensors, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(run(compiled, tensors, upstream), expected))
+
+
+# --- the choice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """A CUDA device of compute capability 9.0 as far as availability goes, where every package is installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "pretended GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_missing", lambda backend: "")
+    monkeypatch.setattr(module, "_choices", {})
+
+
+def test_auto_takes_the_fastest_once_for_each_shape_dtype_and_direction(pretend_cuda, monkeypatch, caplog):
+    calls = []
+
+    def measure(candidates, device, dtype, shape, gradient):
+        calls.append((tuple(candidates), dtype, shape, gradient))
+        return {name: 1.0 + index for index, name in enumerate(candidates if gradient else reversed(candidates))}
+
+    monkeypatch.setattr(module, "_measure", measure)
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert [resolve_backend("auto", "cuda", torch.bfloat16, XL) for _ in range(3)] == ["cudnn"] * 3
+        assert resolve_backend("auto", "cuda", torch.bfloat16, XL, gradient=False) == "efficient"
+        assert resolve_backend("auto", "cuda", torch.float32, XL) == "sdpa"
+        assert resolve_backend("auto", "cuda", torch.bfloat16, (0, *XL[1:])) == "sdpa"
+    assert [call[0] for call in calls] == [BACKENDS[:-1], BACKENDS[:-1], ("sdpa", "efficient")]
+    assert len(caplog.records) == 3
+    assert "cudnn for [256, 16, 256, 72] torch.bfloat16, forward and backward, on pretended GPU" in caplog.text
+
+
+def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+
+    def milliseconds(backend, q, k, v, gradient):
+        assert v.stride(2) == 3 * k.stride(2), "v must be the strided view that the model hands over"
+        assert q.requires_grad is gradient
+        if backend == "fa4":
+            raise RuntimeError("no kernel image")
+        return {"cudnn": 2.0, "sdpa": 1.0}[backend]
+
+    monkeypatch.setattr(module, "_milliseconds", milliseconds)
+    times = module._measure(["cudnn", "fa4", "sdpa"], torch.device("cpu"), torch.float32, (2, 3, 4, 8), True)
+    assert times == {"cudnn": 2.0, "sdpa": 1.0}
+    assert "fa4 left out, it failed on [2, 3, 4, 8] torch.float32: no kernel image" in caplog.text
+
+
+@pytest.mark.gpu
+def test_auto_measures_on_the_gpu():
+    for gradient in (True, False):
+        choice = resolve_backend("auto", "cuda", torch.bfloat16, XL, gradient)
+        assert not available_backends("cuda", torch.bfloat16, XL)[choice]
+
+
+# --- what is available, and errors --------------------------------------------------------------------------------
+
+
+def test_reasons_on_cpu():
+    reasons = available_backends("cpu", torch.bfloat16, XL)
+    assert list(reasons) == list(BACKENDS)
+    assert [name for name, reason in reasons.items() if not reason] == ["sdpa", "reference"]
+    assert all(reasons[name] == "needs a CUDA device, not cpu" for name in ("cudnn", "fa4", "fa3", "fa2", "efficient"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "width", "words"),
+    [
+        ("cudnn", torch.float32, 72, "needs float16 or bfloat16, not torch.float32"),
+        ("fa2", torch.bfloat16, 100, "multiple of 8, not 100"),
+        ("cudnn", torch.bfloat16, 256, "at most 128, not 256"),
+        ("fa4", torch.bfloat16, 256, ""),
+        ("efficient", torch.float64, 72, "does not take torch.float64"),
+        ("sdpa", torch.float64, 100, ""),
+    ],
+)
+def test_reasons_on_a_gpu(pretend_cuda, backend, dtype, width, words):
+    reason = available_backends("cuda", dtype, (1, 1, 8, width))[backend]
+    assert bool(reason) == bool(words)
+    assert words in reason
+
+
+def test_a_missing_or_broken_package_is_the_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)  # the import system's mark of a missing module
+    module._missing.cache_clear()
+    assert module._missing("fa3").startswith("flash_attn_interface cannot be imported (ModuleNotFoundError: ")
+    other = types.ModuleType("flash_attn_interface")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", other)
+    module._missing.cache_clear()
+    assert "has no flash_attn_func of the form this code calls" in module._missing("fa3")
+    other.flash_attn_func = lambda q, k, v: q
+    module._missing.cache_clear()
+    assert module._missing("fa3") == ""
+    module._missing.cache_clear()
+
+
+def test_unknown_and_unavailable_backends_are_named_errors():
+    (q, k, v), _ = draw((1, 1, 4, 8))
+    words = "'flash' is none of auto, cudnn, fa4, fa3, fa2, sdpa, efficient, reference"
+    with pytest.raises(BackendUnavailable, match=words):
+        attention(q, k, v, "flash")
+    with pytest.raises(BackendUnavailable, match=words):
+        resolve_backend("flash", "cpu", torch.float32, (1, 1, 4, 8))
+    words = "cudnn cannot be used: needs a CUDA device, not cpu; available: sdpa, reference"
+    with pytest.raises(BackendUnavailable, match=words):
+        attention(q.cpu(), k.cpu(), v.cpu(), "cudnn")
+    with pytest.raises(ValueError, match=r"shape must be \[B, heads, N, Dh\]"):
+        resolve_backend("sdpa", "cpu", torch.float32, (1, 4, 8))
+
+
+def test_tensors_that_do_not_match_are_refused():
+    (q, k, v), _ = draw((1, 2, 4, 8))
+    with pytest.raises(TypeError, match="one dtype"):
+        attention(q, k.half(), v)
+    with pytest.raises(ValueError, match="one shape"):
+        attention(q, k[:, :1], v)
+    with pytest.raises(ValueError, match="one shape"):
+        attention(q[0], k[0], v[0])
+    with pytest.raises(ValueError, match="one device"):
+        attention(q, k, v.to("meta"))
+
+
+# --- the FlashAttention wrappers, around stand-ins with the packages' calling conventions --------------------------
+
+
+def stand_in_formula(q, k, v):
+    """[B, N, heads, Dh] like FlashAttention."""
+    return module._reference(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def stand_in_fa4():
+    def forward(q, k, v, qv=None, softmax_scale=None, causal=True, return_lse=False):
+        assert softmax_scale == q.shape[-1] ** -0.5
+        assert return_lse
+        assert not causal
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale
+        return stand_in_formula(q, k, v).contiguous(), scores.logsumexp(-1).contiguous(), None, None, None
+
+    def backward(q, k, v, out, dout, lse, softmax_scale=None, causal=True, dq=None, dk=None, dv=None):
+        assert not causal
+        p = torch.exp(torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale - lse[..., None])
+        ds = p * (torch.einsum("bihd,bjhd->bhij", dout, v) - (dout * out).sum(-1).transpose(1, 2)[..., None])
+        dq.copy_(torch.einsum("bhij,bjhd->bihd", ds, k) * softmax_scale)
+        dk.copy_(torch.einsum("bhij,bihd->bjhd", ds, q) * softmax_scale)
+        dv.copy_(torch.einsum("bhij,bihd->bjhd", p, dout))
+        return dq, dk, dv
+
+    stand_in = types.ModuleType("flash_attn.cute.interface")
+    stand_in._flash_attn_fwd, stand_in._flash_attn_bwd = forward, backward
+    return stand_in
+
+
+def test_flash_attention_4_wrapper(monkeypatch):
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", stand_in_fa4())
+    module._missing.cache_clear()
+    assert module._missing("fa4") == ""
+    module._missing.cache_clear()
+    tensors, upstream = draw()
+    expected = run(module._reference, tensors, upstream)
+    got = run(module._fa4, tensors, upstream)
+    compiled = run(torch.compile(module._fa4, backend="aot_eager", fullgraph=True), tensors, upstream)
+    for a, b, c in zip(expected, got, compiled):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+        assert torch.equal(b, c)
+    assert got[0].transpose(1, 2).is_contiguous()
+    small, upstream = draw((1, 2, 4, 8))
+    q, k, v = (t.transpose(1, 2).contiguous() for t in small)
+    torch.library.opcheck(torch.ops.fastasync.fa4, tuple(t.requires_grad_() for t in (q, k, v)))
+
+
+@pytest.mark.parametrize("pair", [True, False])  # versions of FlashAttention-3 differ in returning the log-sum-exp
+def test_flash_attention_3_wrapper(monkeypatch, pair):
+    stand_in = types.ModuleType("flash_attn_interface")
+    stand_in.flash_attn_func = lambda q, k, v: (stand_in_formula(q, k, v), None) if pair else stand_in_formula(q, k, v)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stand_in)
+    tensors, upstream = draw()
+    got = run(module._RUN["fa3"], tensors, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, run(module._reference, tensors, upstream)))

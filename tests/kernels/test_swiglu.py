@@ -1,0 +1,114 @@
+"""SwiGLU: against the reference and fp64, odd shapes, strides, refusals, torch.compile."""
+
+import pytest
+import torch
+from fastasync_kernels import reference
+from fastasync_kernels import swiglu as module
+from fastasync_kernels.swiglu import swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+SHAPES = [(2, 17, 144), (1, 1, 2), (70, 200), (2, 3, 5460), (5, 6144), (256,)]
+
+
+def draw(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    packed = 3 * torch.randn(*shape, generator=generator)
+    upstream = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator)
+    return packed.to(DEVICE, dtype), upstream.to(DEVICE, dtype)
+
+
+def run(function, packed, upstream, dtype=None):
+    leaf = packed.detach().to(dtype or packed.dtype).requires_grad_()
+    out = function(leaf)
+    return out.detach(), *torch.autograd.grad(out, leaf, upstream.to(out.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradient_no_worse_than_twice_the_reference(shape, dtype, no_worse):
+    packed, upstream = draw(shape, dtype)
+    truth = run(reference.swiglu, packed, upstream, torch.float64)
+    no_worse(run(swiglu, packed, upstream), run(reference.swiglu, packed, upstream), truth, ["out", "dpacked"])
+
+
+def test_far_from_zero_nothing_overflows():
+    a = torch.tensor([-200.0, -90.0, -1e-30, 0.0, 90.0, 200.0], device=DEVICE)
+    packed = torch.cat((a, torch.ones_like(a)))
+    out, grad = run(swiglu, packed, torch.ones_like(a))
+    expected = run(reference.swiglu, packed, torch.ones_like(a))
+    torch.testing.assert_close(out, expected[0], rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(grad, expected[1], rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_empty(shape):
+    out, grad = run(swiglu, *draw(shape))
+    assert out.shape == (*shape[:-1], 4)
+    assert grad.shape == shape
+
+
+def test_strided_input_and_gradients_equal_contiguous_ones():
+    wide, _ = draw((6, 100), seed=1)
+    packed = wide[:, 10:42].requires_grad_()
+    for upstream in (torch.ones(1, device=DEVICE).expand(6, 16), torch.randn(16, 6, device=DEVICE).t()):
+        out = swiglu(packed)
+        (grad,) = torch.autograd.grad(out, packed, upstream)
+        expected = run(swiglu, packed.detach().contiguous(), upstream.contiguous())
+        assert torch.equal(out, expected[0])
+        assert torch.equal(grad, expected[1])
+
+
+def test_nothing_but_the_input_is_kept():
+    packed, _ = draw((4, 64), seed=2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        swiglu(packed.requires_grad_())
+    assert [t.data_ptr() for t in kept] == [packed.data_ptr()]
+
+
+def test_the_same_bits_every_time_and_for_every_block(monkeypatch):
+    packed, upstream = draw((9, 200), torch.float16, seed=3)
+    first = run(swiglu, packed, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(swiglu, packed, upstream)))
+    monkeypatch.setattr(module, "_COLUMNS", 32)
+    monkeypatch.setattr(module, "_ROWS", 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(swiglu, packed, upstream)))
+
+
+def test_compiled_whole_equals_eager():
+    packed, upstream = draw((2, 5, 24), seed=4)
+    compiled = torch.compile(lambda t: swiglu(2.0 * t), backend="aot_eager", fullgraph=True)
+    expected = run(lambda t: swiglu(2.0 * t), packed, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled, packed, upstream), expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_equals_eager(dtype):
+    packed, upstream = draw((4, 256, 6144), dtype, seed=5)
+    compiled = torch.compile(swiglu, fullgraph=True)
+    expected = run(swiglu, packed, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled, packed, upstream), expected))
+
+
+def test_registration_of_the_operators():
+    packed, upstream = draw((3, 8), seed=6)
+    torch.library.opcheck(torch.ops.fastasync.swiglu, (packed.clone().requires_grad_(),))
+    torch.library.opcheck(torch.ops.fastasync.swiglu_backward, (upstream, packed))
+
+
+@pytest.mark.parametrize(
+    ("packed", "error", "words"),
+    [
+        (torch.zeros(2, 4, dtype=torch.float64), TypeError, "packed must be .* not torch.float64"),
+        (torch.zeros(2, 3), ValueError, r"packed must be \[..., 2 F\], not \[2, 3\]"),
+        (torch.zeros(2, 0), ValueError, r"packed must be \[..., 2 F\]"),
+        (torch.zeros(4, 6).t(), ValueError, "cannot be read as rows"),
+        (torch.zeros(2, 5, 8)[:, 1:], ValueError, "cannot be read as rows"),
+        (torch.zeros(2, 8, 5).transpose(1, 2), ValueError, "cannot be read as rows"),
+    ],
+)
+def test_refusals(packed, error, words):
+    with pytest.raises(error, match=words):
+        swiglu(packed.to(DEVICE))

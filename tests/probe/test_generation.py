@@ -1,0 +1,175 @@
+"""Estimator C: the search against closed-form distances, its plan, its candidates, its ledger."""
+
+import pytest
+import torch
+from probe_cases import NAMES, PAIR, ROLES, THREE_CLOSE, THREE_NAMES, THREE_ROLES, WIDE
+
+from fastasync.errors import UserError
+from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
+from fastasync.probe.budget import Budget
+from fastasync.probe.generation import (
+    MAX_SAMPLES,
+    MIN_SAMPLES,
+    Scorer,
+    candidate_family,
+    gaussian_statistics,
+    neighbours,
+    plan_rounds,
+    search,
+)
+from fastasync.sampling.generate import initial_noise
+from fastasync.sampling.integrators import integrate, uniform_grid
+from fastasync.schedule import ConvexSchedule, OffsetSchedule, check_monotone, offset, power, synchronous
+
+
+def statistics(cov):
+    return GaussianStatistics(torch.zeros(len(cov), dtype=torch.float64), cov)
+
+
+def true_distance(case, schedule, steps):
+    """Closed form: the Frechet distance between what the sampler generates in ``steps`` Heun steps and the data."""
+    return frechet_distance(statistics(case.generated_cov(schedule, uniform_grid(steps))), statistics(case.cov))
+
+
+def run_search(case, candidates, roles, steps, samples, budget=None):
+    def generate(schedule, indices):
+        noise = initial_noise(indices, (sum(case.channels), 1, 1), seed=0).double()
+        return integrate(
+            case.velocity, schedule, noise, torch.zeros(len(indices)), uniform_grid(steps), channels=case.channels
+        )
+
+    scorer = Scorer(lambda z: z.flatten(1), statistics(case.cov))
+    budget = budget or Budget(1e9, "test")
+    return search(
+        candidates,
+        roles,
+        generate,
+        scorer,
+        sample_flops=2.0 * steps,
+        budget=budget,
+        allowance=samples * 2.0 * steps,
+        seed=0,
+        progress=False,
+    )
+
+
+@pytest.mark.parametrize("case", [PAIR, WIDE])
+def test_c_picks_the_best_of_a_known_set(case):
+    """Three Heun steps: far enough from convergence that the schedules differ; for PAIR an asynchronous one is best,
+    for WIDE the synchronous one."""
+    family = candidate_family(NAMES, ROLES, {})
+    known = ["synchronous", "offset 0.3", "offset 0.6", "cascade", "power 2/1 floor 0.1", "power 3/-3 floor 0.3"]
+    candidates = {name: family[name] for name in known}
+    truth = {name: true_distance(case, schedule, 3) for name, schedule in candidates.items()}
+    best = min(truth, key=truth.get)
+    assert best == ("power 3/-3 floor 0.3" if case is PAIR else "synchronous")
+    found = run_search(case, candidates, ROLES, 3, 40_000)
+    rows = [row for row in found.rows if row["label"] in known]
+    assert len(rows) == len(known)
+    assert rows[0]["label"] == best
+    # the refinement may move on from it, to something that is at least as good in truth
+    assert true_distance(case, found.schedule, 3) <= truth[best]
+    # scores estimate the truth, with the small bias of a finite sample
+    assert rows[0]["distance"] == pytest.approx(truth[best], abs=0.01)
+    assert 0 < found.noise < 0.01
+
+
+def test_c_of_three():
+    """Each role has its own part in the family; here an asynchronous order is best by half."""
+    family = candidate_family(THREE_NAMES, THREE_ROLES, {"B": ConvexSchedule(THREE_NAMES, THREE_ROLES)})
+    found = run_search(THREE_CLOSE, family, THREE_ROLES, 3, 80_000)
+    truth = {name: true_distance(THREE_CLOSE, schedule, 3) for name, schedule in family.items()}
+    assert min(truth.values()) < 0.55 * truth["synchronous"]
+    assert true_distance(THREE_CLOSE, found.schedule, 3) < 1.15 * min(truth.values())
+
+
+def test_search_is_deterministic_and_stays_within_its_allowance():
+    family = candidate_family(NAMES, ROLES, {})
+    results = []
+    for _ in range(2):
+        budget = Budget(1e9, "test")
+        results.append(run_search(PAIR, family, ROLES, 3, 6000, budget))
+        assert set(budget.flops) == {"sampling"}
+        assert 0.5 * 6000 * 6 < budget.spent <= 6000 * 6
+        assert budget.spent == sum(row["samples"] for row in results[-1].rows) * 6
+    assert results[0].rows == results[1].rows
+    assert results[0].schedule.to_json() == results[1].schedule.to_json()
+
+
+def test_a_small_allowance_drops_candidates_but_never_synchronous():
+    found = run_search(PAIR, candidate_family(NAMES, ROLES, {}), ROLES, 3, 2400)
+    labels = {row["label"] for row in found.rows}
+    assert "synchronous" in labels
+    assert len(labels) < len(candidate_family(NAMES, ROLES, {}))
+    with pytest.raises(UserError, match=r"probe\.budget"):
+        run_search(PAIR, candidate_family(NAMES, ROLES, {}), ROLES, 3, 100)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 7, 22])
+@pytest.mark.parametrize("samples", [500, 5000, 10**6])
+def test_plan_of_the_rounds(candidates, samples):
+    plan = plan_rounds(candidates, samples)
+    if plan is None:
+        assert candidates * MIN_SAMPLES > samples * 0.5
+        return
+    assert plan.rounds[0][0] == candidates
+    assert plan.total <= samples
+    before, total = 0, 0
+    for size, count in plan.rounds:
+        total += size * (count - before)
+        before = count
+    assert total == plan.total
+    assert plan.rounds[-1][1] <= MAX_SAMPLES
+    assert all(later[0] < earlier[0] for earlier, later in zip(plan.rounds, plan.rounds[1:]))
+
+
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        (NAMES, ROLES),
+        (THREE_NAMES, THREE_ROLES),
+        (("a", "b"), ("free", "free")),
+        (("a", "b", "c"), ("lags", "lags", "leads")),
+    ],
+)
+def test_family_and_neighbours_are_sound(names, roles):
+    learned = {"B": ConvexSchedule(names, roles)}
+    family = candidate_family(names, roles, learned)
+    assert next(iter(family)) == "synchronous"
+    assert len({schedule.fingerprint for schedule in family.values()}) == len(family)
+    assert any("power" in name for name in family)
+    for schedule in family.values():
+        assert check_monotone(schedule) is None
+        for near in neighbours(schedule, roles, 1.0) + neighbours(schedule, roles, 0.25):
+            assert check_monotone(near) is None
+            assert near.to_json() != schedule.to_json()
+    if roles == ("free", "free"):  # both orders are tried
+        leads = [schedule.lead() for schedule in family.values()]
+        assert min(leads) < -0.1 < 0.1 < max(leads)
+
+
+def test_neighbours_keep_their_role():
+    start = power(NAMES, 3.0, ROLES)
+    for step in (1.0, 4.0):
+        for near in neighbours(start, ROLES, step):
+            assert near.exponents[0] >= 1
+            assert near.exponents[1] <= -1 or near.exponents[1] == 1
+    lags = [round(near.offsets[0], 9) for near in neighbours(offset(NAMES, 0.3, ROLES), ROLES, 1.0)]
+    assert set(lags) == {0.2, 0.4}
+    assert not [near for near in neighbours(synchronous(NAMES), ROLES, 1.0) if not isinstance(near, OffsetSchedule)]
+
+
+def test_reference_from_latents():
+    class Tiny:
+        classes = 10
+
+        def __len__(self):
+            return 700
+
+        def batch(self, indices, flips=None):
+            return torch.stack([indices.float(), indices.float() ** 2], 1)[:, :, None, None], indices % 10
+
+    scorer = Scorer.of(lambda z: z.flatten(1), Tiny())
+    x = torch.arange(700.0).double()
+    expected = gaussian_statistics(torch.stack([x, x.float().square().double()], 1))
+    torch.testing.assert_close(scorer.reference.cov, expected.cov)

@@ -1,0 +1,236 @@
+"""The command line on the real thing in miniature: every stage, resuming, and bad input (one line, exit code 2)."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastasync.cli import main
+
+TINY = [
+    "representations.encoder_steps=15", "representations.semvae_steps=10", "schedule.baselines=synchronous",
+    "model.depth=2", "model.width=32", "model.heads=2", "train.steps=12", "train.batch=32", "train.warmup=4",
+    "train.log_every=4", "train.checkpoint_every=6", "probe.width=16", "probe.heads=2", "probe.depth=1",
+    "probe.batch=8", "probe.budget=1.0", "probe.estimator=B", "sample.count=40",
+    "sample.batch=16", "sample.steps=2,3", "evaluate.metrics=fid",
+]  # fmt: skip
+
+
+def arguments(out, *more, stage="run"):
+    settings = [part for setting in (*TINY, *more) for part in ("--set", setting)]
+    return [stage, "--preset", "digits", "--out", str(out), *settings]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(arguments(out)) == 0
+    return out
+
+
+def test_run_directory_holds_everything(run):
+    for name in (
+        "config.yaml", "versions.json", "schedule.json", "metrics.jsonl", "figures.json", "samples.png",
+        "schedule.png", "curves.png", "report.html", "checkpoints/step_00000012/manifest.json", "probe/probe.json",
+        "prepared/prepared.json", "baselines/synchronous/figures.json",
+    ):  # fmt: skip
+        assert (run / name).is_file(), name
+    figures = json.loads((run / "figures.json").read_text())
+    assert {figure["protocol"]["function_evaluations"] for figure in figures} == {4.0, 6.0}
+    assert all(figure["protocol"]["samples"] == 40 for figure in figures)
+    budget = json.loads((run / "probe" / "probe.json").read_text())["budget"]
+    assert budget["spent_flops"] <= budget["limit_flops"]
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [4, 8, 12]
+
+
+def test_running_again_says_done_and_changes_nothing(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")} | {
+        path: path.read_bytes() for path in run.rglob("*.safetensors")
+    }
+    assert main(["run", "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "probe: done" in said
+    assert "sample: done" in said
+    for path, content in before.items():
+        assert content == (path.stat().st_mtime_ns if isinstance(content, int) else path.read_bytes())
+
+
+def test_stages_alone_and_more_steps(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert main(["train", "--out", str(copy), "--set", "train.steps=16"]) == 0
+    assert (copy / "checkpoints" / "step_00000016").is_dir()
+    assert main(["evaluate", "--out", str(copy), "--set", "sample.steps=2", "--set", "sample.integrator=dopri5"]) == 0
+    figure = json.loads((copy / "figures.json").read_text())[0]["protocol"]
+    assert figure["integrator"] == "dopri5"
+    assert figure["checkpoint_step"] == 16
+    assert figure["function_evaluations"] > 6
+    assert main(["report", "--out", str(copy)]) == 0
+    assert "synchronous" in capsys.readouterr().out
+
+
+def test_generation_in_the_loop_and_the_oracle(tmp_path, capsys):
+    out = tmp_path / "c"
+    more = ["probe.estimator=C", "probe.train_share=0.2", "probe.sampling_steps=2", "train.steps=400"]
+    assert main([*arguments(out, *more, stage="probe"), "--oracle"]) == 0
+    found = json.loads((out / "probe" / "probe.json").read_text())
+    assert "synchronous" in {row["label"] for row in found["candidates"]}
+    assert found["budget"]["flops"]["scoring"] > 0
+    assert found["budget"]["spent_flops"] <= found["budget"]["limit_flops"]
+    assert found["diagnostics"]["oracle"]["value"] > 0
+    assert (out / "schedule.json").is_file()
+    assert "estimator C" in capsys.readouterr().out
+
+
+def test_guided_sampling_and_class_lists(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    weak = f"sample.weak_checkpoint={run}"
+    for settings in (["sample.guidance=cfg", "sample.classes=3,4"], ["sample.guidance=autoguidance", weak]):
+        shutil.rmtree(copy / "samples")
+        options = [part for setting in (*settings, "sample.steps=2") for part in ("--set", setting)]
+        assert main(["sample", "--out", str(copy), *options]) == 0
+        file = next(copy.glob("samples/*/samples.npz"))
+        guidance = json.loads((file.parent / "protocol.json").read_text())["guidance"]
+        by = " by run step_00000012 " if weak in settings else ""
+        assert guidance.startswith(f"{settings[0].partition('=')[2]} 1.5 in [0, 1]{by}")
+        with np.load(file) as arrays:
+            assert arrays["arr_0"].shape == (40, 8, 8, 3)
+            if "sample.classes=3,4" in settings:
+                assert set(arrays["labels"]) == {3, 4}
+
+
+def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "dry"
+    assert main(["train", "--preset", "imagenet256-xl", "--out", str(out), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters: 682,765,424" in said
+    assert re.search(r"probe's share of them, at most: 0\.01", said)
+    assert "memory estimate" in said
+    assert not out.exists()
+
+
+def refused(capsys, arguments, *says):
+    """The command fails with exit code 2 and one line that says all of ``says``."""
+    assert main([str(part) for part in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("fastasync: error: ")]
+    assert len(errors) == 1
+    for text in says:
+        assert text in errors[0]
+
+
+def test_bad_input_before_any_work(tmp_path, capsys):
+    out = tmp_path / "out"
+    cases = [
+        (["run", "--preset", "digit", "--out", out], "did you mean 'digits'"),
+        (["run", "--out", out], "--preset", "holds no run"),
+        (arguments(out, "train.stps=3"), "did you mean 'steps'"),
+        (arguments(out, "train.steps=many"), "train.steps", "many", "whole number"),
+        (arguments(out, "train.device=cuda"), "train.device", "no CUDA device"),
+        (arguments(out, "schedule.name=offset:x"), "offset:x", "NUMBER"),
+        (arguments(out, "schedule.name=nowhere.json"), "nowhere.json", "cannot be read"),
+        (arguments(out, "schedule.baselines=cascad"), "cascad"),
+        (arguments(out, "train.batch=2000"), "train.batch", "1500"),
+        (arguments(out, "data.dataset=cifar10", f"data.root={tmp_path}"), "cifar10"),
+        (arguments(out, "probe.budget=1e-6"), "probe.budget"),
+        (arguments(out, "representations.names=texture,semntic"), "semntic", "did you mean 'semantic'"),
+        (arguments(out, "representations.plugin=missing.py"), "missing.py"),
+        (arguments(out, "model.classes=7"), "model.classes"),
+        (arguments(out, "data.flip=true"), "data.flip", "no mirrored images"),
+        (arguments(out, "representations.channels=5,8"), "representations.channels", "the encoders give 4,8"),
+        (arguments(out, "evaluate.reference=a.npz"), "evaluate.reference", "data.dataset=latents"),
+        (arguments(out, "sample.guidance=cfg", "model.label_dropout=0"), "sample.guidance", "label_dropout"),
+        (arguments(out, "schedule.name=cascade", "schedule.baselines=learned", "probe.budget=1e-6"), "probe.budget"),
+        ([*arguments(out, "probe.estimator=A", stage="probe"), "--oracle"], "--oracle", "use B or C"),
+        (arguments(out, stage="sample"), "train first"),
+        (arguments(out, stage="evaluate"), "train first"),
+        (arguments(out, stage="report"), "--out", "no run to report on"),
+    ]
+    for case, *says in cases:
+        refused(capsys, case, *says)
+        assert not out.exists(), f"{case} left something behind"
+
+
+def test_out_is_never_overwritten(run, tmp_path, capsys):
+    refused(capsys, arguments(run, "train.lr=0.5"), "--out", "train.lr")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("all my work")
+    refused(capsys, arguments(tmp_path / "full"), "--out", "not empty")
+    (tmp_path / "file").write_text("x")
+    refused(capsys, arguments(tmp_path / "file"), "--out", "is a file")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "all my work"
+
+
+def test_damage_is_named(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_bytes()
+    refused(capsys, ["train", "--out", copy, "--set", "train.steps=5"], "train.steps", "at step 12 already")
+    assert (copy / "config.yaml").read_bytes() == config
+    evaluate = ["evaluate", "--out", copy, "--set", "evaluate.metrics=fid,precision_recall"]
+    for name in ("samples/*/protocol.json", "samples/*/samples.npz", "prepared/reference-train-*.json"):
+        for file in copy.glob(name):
+            for figures in copy.glob("samples/*/figures-*"):  # known figures are not made again
+                figures.unlink()
+            content = file.read_bytes()
+            file.write_bytes(b"[")
+            refused(capsys, evaluate, str(file if "reference" in name else file.parent), "cannot be read")
+            file.write_bytes(content)
+    schedule = copy / "schedule.json"
+    good = schedule.read_text()
+    for text, says in (("{", "not JSON"), (good.replace('"semantic"', '"audio"'), "audio")):
+        schedule.write_text(text)
+        refused(capsys, ["train", "--out", copy], "schedule", says)
+    schedule.write_text(json.dumps({"kind": "offset", "names": ["texture", "semantic"], "offsets": [0.5, 0.0]}))
+    refused(capsys, ["train", "--out", copy, "--set", "train.steps=20"], "schedule")
+    schedule.write_text(good)
+    latents = next((copy / "prepared").glob("latents-semantic*"))
+    content = bytearray(latents.read_bytes())
+    content[-1] ^= 1
+    latents.write_bytes(content)
+    refused(capsys, ["sample", "--out", copy], latents.name)
+
+
+def test_latents_of_another_encoder_are_refused(run, tmp_path, capsys):
+    other, copy = tmp_path / "other", tmp_path / "copy"
+    assert main(arguments(other, "data.seed=7", "schedule.name=synchronous", stage="train")) == 0
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "prepared")
+    config = (copy / "config.yaml").read_text()
+    shutil.copytree(other / "prepared", copy / "prepared")
+    (copy / "config.yaml").write_text(config.replace("seed: 0, flip", "seed: 7, flip"))
+    assert (copy / "config.yaml").read_text() != config
+    refused(capsys, ["sample", "--out", copy], "statistics")
+    weak = ["--set", "sample.guidance=autoguidance", "--set", f"sample.weak_checkpoint={run}"]
+    refused(capsys, ["sample", "--out", other, *weak], "sample.weak_checkpoint", "other latents")
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step_00000012" / "ema.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert main(["train", "--out", str(copy)]) == 0
+    assert "step_00000012" in capsys.readouterr().err
+    newest.write_bytes(newest.read_bytes()[:-10])
+    assert main(["sample", "--out", str(copy)]) == 0
+    assert f"skipped checkpoint {newest.parent}" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    refused(capsys, arguments(tmp_path / "out", "evaluate.metrics=fid,kid"), "torch_fidelity", "fastasync[fid]")
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("fastasync.stages.prepare_stage", full)
+    refused(capsys, arguments(tmp_path / "out"), "out of memory", "train.accumulate")

@@ -1,0 +1,403 @@
+"""Images become shards: exactly, resumably, by any number of ranks; bad input is one line before long work."""
+
+import argparse
+import os
+import signal
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastasync import encode as encode_module
+from fastasync.data import ImageSet
+from fastasync.data.shard_loader import ShardLatents
+from fastasync.data.shards import check_latents, read_index
+from fastasync.encode import add_parser, encode
+from fastasync.errors import UserError
+from fastasync.images import open_source
+from fastasync.representations import Bundle, Representation, build, load_plugin, with_statistics
+
+COUNT = 26
+PLUGIN = '''
+import torch
+from fastasync.representations import Representation, register
+
+@register("brightness")
+class Brightness(Representation):
+    """A third representation: mean and slope of the grey value of each token."""
+
+    def __init__(self, image_shape, grid, power: float = 1.0):
+        super().__init__(image_shape, grid)
+        self.channels, self.power = 2, power
+
+    def encode(self, images):
+        grey = torch.nn.functional.adaptive_avg_pool2d(images.float().mean(1, keepdim=True) / 255, self.grid)
+        return torch.cat([grey ** self.power, grey - grey.roll(1, 3)], dim=1)
+'''
+
+
+@pytest.fixture
+def images() -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (COUNT, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(COUNT) % 4, 4, ("a", "b", "c", "d"), "noise", mirror=True)
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Bundle:
+    """K = 3."""
+    plugin = tmp_path / "brightness.py"
+    plugin.write_text(PLUGIN)
+    load_plugin(plugin)
+    return Bundle([build(name, (3, 8, 8), 4) for name in ("texture", "lowfreq", "brightness")])
+
+
+class Features:
+    """Frozen features of 16 tokens of width 5."""
+
+    shape = (16, 5)
+
+    def fingerprint(self) -> str:
+        return "features-1"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :80].float().reshape(-1, 16, 5) / 255
+
+
+def make(images, bundle, out, **options):
+    return encode(images, bundle, out, **dict(shard_size=5, batch=2, progress=False) | options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def test_latents_are_the_bundles(tmp_path, images, bundle):
+    report = make(images, bundle, tmp_path / "out", features=Features())
+    assert report == (6, 0, 0, 0)
+    assert check_latents(tmp_path / "out", progress=False).problems == []
+    expected = with_statistics(bundle, iter(bundle.encode(images.images).split(9)))
+    latents = ShardLatents(tmp_path / "out", bundle=bundle, features=True)
+    assert torch.tensor(latents.statistics.mean).sub(torch.tensor(expected.statistics.mean)).abs().max() < 1e-12
+    assert latents.statistics.representations == expected.statistics.representations
+    ours, every = Bundle(bundle.representations, latents.statistics), torch.arange(COUNT)
+    z, y = latents.batch(every)
+    assert torch.equal(z, ours.normalise(bundle.encode(images.images)))
+    assert torch.equal(y, images.labels)
+    assert latents.classes == 4
+    mirrored = images.images.flip(-1)
+    flips = torch.ones(COUNT, dtype=torch.bool)
+    assert torch.equal(latents.batch(every, flips)[0], ours.normalise(bundle.encode(mirrored)))
+    assert torch.equal(latents.features(every, flips), Features()(mirrored).half())
+
+
+def test_any_number_of_ranks_makes_the_same_folder(tmp_path, images, bundle):
+    make(images, bundle, tmp_path / "one")
+    expected = contents(tmp_path / "one")
+    for rank, missing in ((2, 4), (0, 2), (1, 0)):  # the last to finish writes the index
+        assert make(images, bundle, tmp_path / "three", rank=rank, world=3) == (2, 0, missing, 0)
+        assert ("index.json" in contents(tmp_path / "three")) == (missing == 0)
+    assert contents(tmp_path / "three") == expected
+    assert make(images, bundle, tmp_path / "three") == (0, 6, 0, 0)
+
+
+EVENTS = ("encode", "fsync", "replace")
+
+
+def killed(event: str, count: int, work) -> int:
+    """Run ``work`` in a forked child that kills itself (SIGKILL) at the ``count``-th ``event``; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = [count]
+
+            def counted(function):
+                def call(*arguments, **options):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return function(*arguments, **options)
+
+                return call
+
+            if event == "encode":
+                Bundle.encode = counted(Bundle.encode)
+            else:
+                setattr(os, event, counted(getattr(os, event)))
+            work()
+        finally:
+            os._exit(7)  # not killed: more events were asked for than there are
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_kill_minus_nine_anywhere(tmp_path, images, bundle, event):
+    """After any kill no finished shard is made again, nothing half-written stays, and the result is bit for bit."""
+    make(images, bundle, tmp_path / "whole", features=Features())
+    expected = contents(tmp_path / "whole")
+    out, kills = tmp_path / "out", 0
+    for count in (0, 1, 2, 3, 5, 4, 6, 3, 2, 7):
+        status = killed(event, count, lambda: make(images, bundle, out, features=Features()))
+        if not os.WIFSIGNALED(status):
+            break
+        kills += 1
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        for name, data in contents(out).items():  # whatever has its final name is whole
+            assert name.endswith(".partial") or data == expected[name], name
+    assert kills >= 3
+    finished = {path.name: path.stat().st_ino for path in out.glob("shard-*.safetensors")}
+    report = make(images, bundle, out, features=Features())
+    assert report.made + report.kept == 6
+    assert report.kept == len(finished)
+    assert contents(out) == expected
+    assert all((out / name).stat().st_ino == inode for name, inode in finished.items())
+
+
+def test_a_removed_shard_alone_is_made_again(tmp_path, images, bundle):
+    make(images, bundle, tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    (tmp_path / "out" / "shard-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard-00003.safetensors: missing: delete it and run the same"):
+        ShardLatents(tmp_path / "out")
+    assert make(images, bundle, tmp_path / "out") == (1, 5, 0, 0)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_leftovers_of_other_ranks_stay(tmp_path, images, bundle):
+    make(images, bundle, tmp_path / "out", rank=0, world=2)
+    for shard in (1, 3):
+        (tmp_path / "out" / f".shard-0000{shard}.safetensors.77.partial").write_text("being written by rank 1")
+    (tmp_path / "out" / "shard-00000.safetensors").unlink()
+    (tmp_path / "out" / ".shard-00000.safetensors.78.partial").write_text("left by a killed rank 0")
+    make(images, bundle, tmp_path / "out", rank=0, world=2)
+    left = sorted(path.name for path in (tmp_path / "out").glob(".*.partial"))
+    assert left == [f".shard-0000{shard}.safetensors.77.partial" for shard in (1, 3)]
+    make(images, bundle, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*.partial"))
+
+
+def test_two_processes_never_make_the_same_shard(tmp_path, images, bundle):
+    """What happens when a launcher gives every process rank 0: the second one says so."""
+    out, (ready, go) = tmp_path / "out", (os.pipe(), os.pipe())
+    child = os.fork()
+    if child == 0:
+        encode_batch = Bundle.encode
+
+        def wait(self, pixels):
+            os.write(ready[1], b"x")
+            os.read(go[0], 1)
+            Bundle.encode = encode_batch
+            return encode_batch(self, pixels)
+
+        Bundle.encode = wait
+        make(images, bundle, out, rank=1, world=2)
+        os._exit(0)
+    os.read(ready[0], 1)
+    for options in (dict(rank=1, world=2), dict()):
+        with pytest.raises(UserError, match="another process is encoding shard 1 here: wait for it, or give each"):
+            make(images, bundle, out, **options)
+    assert make(images, bundle, out, rank=0, world=2) == (3, 0, 3, 0)
+    os.write(go[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    assert make(images, bundle, out) == (0, 6, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_without_mirrored_images(tmp_path, images, bundle, dtype):
+    make(images, bundle, tmp_path / "out", dtype=dtype, flip=False)
+    latents = ShardLatents(tmp_path / "out")
+    raw = bundle.encode(images.images).to(getattr(torch, dtype)).float()
+    assert torch.equal(
+        latents.batch(torch.arange(COUNT))[0], Bundle(bundle.representations, latents.statistics).normalise(raw)
+    )
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_are_refused_before_any_work(tmp_path, images, bundle, monkeypatch):
+    monkeypatch.setattr(Bundle, "encode", None)
+    for options, message in (
+        (
+            dict(world=7),
+            r"world size: 7: more ranks than the 6 shards: use at most 6 ranks, or --shard-size of at most 3",
+        ),
+        (dict(world=40), r"world size: 40: more ranks than the 6 shards: use at most 6 ranks$"),
+        (dict(rank=2, world=2), r"rank: 2: must be in 0..1"),
+        (dict(dtype="float61"), r"--dtype: 'float61': did you mean 'float16'"),
+        (dict(shard_size=0), r"--shard-size: 0: must be at least 1"),
+        (dict(batch=0), r"--batch: 0: must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(images, bundle, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    other = Bundle([build("texture", (3, 16, 16), 4)])
+    with pytest.raises(UserError, match="representations: image shape: 3x16x16: the images are 3x8x8"):
+        make(images, other, tmp_path / "out")
+    usage = namedtuple("usage", "total used free")(10**6, 0, 1000)
+    monkeypatch.setattr(encode_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"8.*e-05 GB to write, 1e-06 GB free: free some, .*--dtype float16"):
+        make(images, bundle, tmp_path / "out")
+
+
+def test_another_encoder_images_or_dtype_in_the_same_folder(tmp_path, images, bundle):
+    make(images, bundle, tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    changed = [
+        build("texture", (3, 8, 8), 4),
+        build("lowfreq", (3, 8, 8), 4),
+        build("brightness", (3, 8, 8), 4, power=2),
+    ]
+    relabelled = ImageSet(images.images, images.labels.flip(0), 4, images.class_names, "noise")
+    for source, representations, options, message in (
+        (images, Bundle(changed), {}, "encoded with fingerprints"),
+        (relabelled, bundle, {}, "encoded with images"),
+        (
+            images,
+            bundle,
+            dict(dtype="bfloat16"),
+            "encoded with dtype float32, asked for bfloat16: choose another folder",
+        ),
+        (images, bundle, dict(flip=False), "encoded with flip true, asked for false"),
+        (images, bundle, dict(features=Features()), "encoded with features , asked for features-1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(source, representations, tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == expected
+    with pytest.raises(UserError, match="made by another brightness encoder"):
+        ShardLatents(tmp_path / "out", bundle=Bundle(changed))
+
+
+class Broken(Representation):
+    """NaN for the images whose first pixel is 7."""
+
+    name, channels, options = "broken", 1, {}
+
+    def encode(self, images):
+        pooled = images[:, :1, ::2, ::2].float()
+        return pooled.masked_fill((images[:, :1, :1, :1] == 7), float("nan"))
+
+
+def test_nan_latents_stop_with_the_image(tmp_path, images):
+    pixels = images.images.clone()
+    pixels[:, 0, 0, 0] = 8
+    pixels[13, 0, 0, 0] = 7
+    source = ImageSet(pixels, images.labels, 4, images.class_names, "noise")
+    bundle = Bundle([build("texture", (3, 8, 8), 4), Broken((3, 8, 8), 4)])
+    with pytest.raises(UserError, match=r"latents.broken of image 13: not finite in torch.float32: the encoder gives"):
+        make(source, bundle, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("shard-*.safetensors"))) == 2  # those before it
+
+
+# --- image files and the command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Seven images in two class folders."""
+    generator = np.random.default_rng(0)
+    for number in range(7):
+        folder = tmp_path / "images" / ("cat" if number < 3 else "d o g")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Parse and run a command line of this module."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+
+    def run(*words) -> int:
+        arguments = parser.parse_args([str(word) for word in words])
+        return arguments.handler(arguments)
+
+    return run
+
+
+SMALL = (
+    "--size",
+    8,
+    "--grid",
+    4,
+    "--shard-size",
+    2,
+    "--batch",
+    2,
+    "--backend",
+    "pil",
+    "--device",
+    "cpu",
+    "--workers",
+    1,
+)
+
+
+def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, monkeypatch):
+    out = tmp_path / "out"
+    names = ("--representations", "texture,lowfreq", "--option", "lowfreq.size=4")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("encode", tree, "--out", out, *SMALL, *names) == 0
+    assert "2 shards made, 0 kept; 2 are for other ranks" in capsys.readouterr().out
+    assert command("encode", tree, "--out", out, *SMALL, *names, "--rank", 0) == 0
+    assert "2 shards made, 0 kept; all finished" in capsys.readouterr().out
+    assert command("check-latents", out) == 0
+    assert "7 images in 4 shards" in capsys.readouterr().out
+    encoding = read_index(out).encoding
+    assert encoding.class_names == ("cat", "d o g")
+    assert encoding.images == open_source(tree).fingerprint
+    bundle = Bundle([build("texture", (3, 8, 8), 4), build("lowfreq", (3, 8, 8), 4, size=4)])
+    latents = ShardLatents(out, bundle=bundle)
+    assert latents.batch(torch.arange(7))[1].tolist() == [0, 0, 0, 1, 1, 1, 1]
+    texture = bundle.representations[0]
+    statistics = latents.statistics
+    raw = latents.batch(torch.tensor([4]))[0] * torch.tensor(statistics.std).reshape(1, -1, 1, 1)
+    decoded = texture.decode((raw + torch.tensor(statistics.mean).reshape(1, -1, 1, 1))[:, :12] + 1e-3)
+    from fastasync.images import centre_crop
+
+    with Image.open(tree / "d o g" / "4.png") as image:
+        pixels = torch.from_numpy(np.array(centre_crop(image, 8))).permute(2, 0, 1)
+    assert torch.equal(decoded[0], pixels)
+
+    path = out / "shard-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert command("check-latents", out) == 1
+    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
+
+
+def test_bad_images_are_named_or_left_out(tree, tmp_path, command, capsys):
+    bad = tree / "d o g" / "5.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    names = ("--representations", "texture")
+    with pytest.raises(UserError, match=r"d o g/5.png: .*check-images"):
+        command("encode", tree, "--out", tmp_path / "out", *SMALL, *names)
+    kept = len(list((tmp_path / "out").glob("shard-*.safetensors")))
+    assert kept == 2
+    (tmp_path / "bad.txt").write_text("d o g/5.png\ttruncated\n")
+    with pytest.raises(UserError, match=r"d o g/5.png: truncated: repair it, or leave it out with --skip-bad"):
+        command("encode", tree, "--out", tmp_path / "out", *SMALL, *names, "--bad", tmp_path / "bad.txt")
+    out = tmp_path / "without"
+    assert command("encode", tree, "--out", out, *SMALL, *names, "--skip-bad", tmp_path / "bad.txt") == 0
+    assert "1 bad files left out" in capsys.readouterr().out
+    assert (read_index(out).encoding.left_out, read_index(out).encoding.count) == (1, 6)
+
+
+def test_options_that_are_not_understood(tree, tmp_path, command):
+    names = ("--representations", "texture,lowfreq")
+    for words, message in (
+        (("--option", "lowfreq"), "--option: lowfreq: must be NAME.KEY=VALUE"),
+        (("--option", "lowfrq.size=2"), "'lowfrq': did you mean 'lowfreq'"),
+        (("--option", "lowfreq.sise=2"), "'sise': did you mean 'size'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command("encode", tree, "--out", tmp_path / "out", *SMALL, *names, *words)

@@ -1,0 +1,64 @@
+"""One rank of test_deepspeed.py, started by torchrun: runs the jobs of a JSON file one after the other.
+
+Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name}; a
+result is {"resumed_from", "messages", "seconds"}, {"error", "code"} or {"other": code}, one file for each rank.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fastasync.distributed import OtherRankFailed, session
+from fastasync.errors import UserError
+from fastasync.training import deepspeed_engine
+
+torch.set_num_threads(1)
+_spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("conftest.py"))
+assert _spec is not None
+assert _spec.loader is not None
+tiny_run = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny_run)
+sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment] - seconds to import
+
+
+def full_disk(path, *arguments):
+    """In place of stream_tensors: fails in the middle of the second file."""
+    if "ema" in path.name:
+        next(iter(arguments[-1]))
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    return _stream_tensors(path, *arguments)
+
+
+_stream_tensors = deepspeed_engine.stream_tensors
+
+
+def run(job):
+    data = tiny_run.gaussian_latents(mirror=True)
+    if job.get("event") == "nan":  # on one rank only, and on all of its images
+        data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
+    deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
+    began = time.perf_counter()
+    try:
+        done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
+    except OtherRankFailed as error:
+        return {"other": error.code}
+    except UserError as error:
+        return {"error": str(error), "code": error.exit_code}
+    return {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": time.perf_counter() - began}
+
+
+def main():
+    results = []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        results.append(run(job))
+        Path(f"{sys.argv[2]}{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results))
+    session().leave()
+
+
+main()

@@ -1,0 +1,377 @@
+"""Real DeepSpeed on two gloo ranks: the same numbers as one process, whatever the ZeRO stage, and nothing lost.
+
+Starting two ranks takes seconds, so each launch serves many tests.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastasync.errors import UserError
+from fastasync.training import checkpoint
+
+pytest.importorskip("deepspeed")
+
+REPOSITORY = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+TRAIN = dict(log_every=1, accumulate=2, checkpoint_every=100, warmup=3, clip=1.0)
+STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
+    "zero0": (dict(zero=0), None),
+    "zero1": (dict(zero=1), None),
+    "zero2": (dict(zero=2), None),
+    "zero3": (dict(zero=3), None),
+    # without its threshold, parameters as small as these would not be sharded at all
+    "zero3-sharded": (dict(zero=3), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+    "zero3-recomputed": (dict(zero=3, memory="full"), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
+    "zero2-torch-adamw": (dict(zero=2, optimizer="torch"), None),
+    "zero2-compiled": (dict(zero=2, compile="regional"), None),
+    "zero1-bf16": (dict(zero=1, precision="bf16"), None),
+}
+
+
+def environment():
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(kind, ranks=2, port=None):
+    """The command that starts ``ranks`` processes: torchrun's or deepspeed's own."""
+    port = str(port or free_port())
+    if kind == "torchrun":
+        run = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+    else:
+        run = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", port]
+    return [sys.executable, "-m", *run]
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out):
+    return torch.tensor([[record["loss"], record["grad_norm"]] for record in records(out)], dtype=torch.float64)
+
+
+def tensors(out, step):
+    folder = out / "checkpoints" / f"step_{step:08d}"
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+
+
+def assert_same(out, other, step=6, rtol=2e-5, atol=2e-6):
+    """Weights, averages, moments, step counts and the curve are equal but for the order of float32 sums."""
+    found, wanted = tensors(out, step), tensors(other, step)
+    for file in wanted:
+        assert found[file].keys() == wanted[file].keys()
+        for name in wanted[file]:
+            torch.testing.assert_close(
+                found[file][name], wanted[file][name], rtol=rtol, atol=atol, msg=f"{file} {name}"
+            )
+    torch.testing.assert_close(curve(out), curve(other), rtol=1e-5, atol=1e-6)
+
+
+def train_fields(**changes):
+    return dict(train={**TRAIN, **changes}, data=dict(flip=True))
+
+
+def launch(folder, jobs, ranks=2):
+    """Run the worker on ``jobs``; each rank's results."""
+    for job in jobs:
+        job["out"] = str(job["out"])
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [*launcher("torchrun", ranks), str(WORKER), str(folder / "jobs.json"), str(folder / "rank")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Everything that the first launch leaves behind: one folder for each job, and the results."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("conftest.py"))
+    tiny_run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_run)
+    folder = tmp_path_factory.mktemp("deepspeed")
+
+    def plain(name, **changes):
+        data = tiny_run.gaussian_latents(mirror=True)
+        config = tiny_run.tiny(**train_fields(**changes))
+        return tiny_run.run(config, folder / name, data, say=lambda line: None)
+
+    board, sys.modules["torch.utils.tensorboard"] = sys.modules.get("torch.utils.tensorboard"), None
+    try:
+        plain("plain")
+        plain("plain-bf16", precision="bf16")
+        plain("whole", steps=12)
+        plain("parts", steps=3)
+        plain("skips", steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3)
+        jobs = []
+        for name, (changes, settings) in STAGES.items():
+            if settings is not None:
+                changes = {**changes, "deepspeed_config": str(folder / f"{name}.json")}
+                (folder / f"{name}.json").write_text(json.dumps(settings))
+            jobs.append(dict(name=name, out=folder / name, config=train_fields(**changes)))
+        # one process, then ZeRO 2 on two ranks, ZeRO 1, ZeRO 3, (below) one process again
+        for steps, zero in ((5, 2), (7, 1), (9, 3), (10, 0)):
+            fields = train_fields(steps=steps, zero=zero)
+            jobs.append(dict(name=f"parts {steps}", out=folder / "parts", config=fields))
+        skips = train_fields(steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3, zero=1)
+        jobs.append(dict(name="skips zero1", out=folder / "skips1", config=skips))
+        skips = train_fields(steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3, zero=0)
+        jobs.append(dict(name="skips zero0", out=folder / "skips0", config=skips))
+        jobs.append(dict(name="nan", out=folder / "nan", config=train_fields(zero=2), event="nan"))
+        jobs.append(dict(name="nan0", out=folder / "nan0", config=train_fields(zero=0), event="nan"))
+        jobs.append(dict(name="full disk", out=folder / "full", config=train_fields(zero=2), event="full disk"))
+        jobs.append(dict(name="indivisible", out=folder / "no", config=train_fields(batch=10)))
+        by_rank = launch(folder, jobs)
+        plain("parts", steps=12)
+    finally:
+        sys.modules["torch.utils.tensorboard"] = board
+    results = {job["name"]: [rank[i] for rank in by_rank] for i, job in enumerate(jobs)}
+    return folder, results
+
+
+@pytest.mark.parametrize("name", [name for name in STAGES if "bf16" not in name])
+def test_every_stage_equals_one_process(runs, name):
+    """The EMA above all: it is optimizer state that ZeRO shards."""
+    folder, results = runs
+    assert all("error" not in result for result in results[name]), results[name]
+    assert_same(folder / name, folder / "plain")
+
+
+def test_bf16_is_the_plain_engines_bf16(runs):
+    folder, _ = runs
+    losses = [curve(folder / name)[:, 0] for name in ("zero1-bf16", "plain-bf16")]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
+    weights = tensors(folder / "zero1-bf16", 6)["ema"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_resumed_on_other_ranks_stages_and_engines(runs):
+    """1 -> 2 -> 1 processes through ZeRO 2, 1, 3 and 0: data, schedule and optimizer continue where they were."""
+    folder, results = runs
+    assert [results[f"parts {steps}"][0]["resumed_from"] for steps in (5, 7, 9, 10)] == [3, 5, 7, 9]
+    assert [record["step"] for record in records(folder / "parts")] == list(range(1, 13))
+    assert_same(folder / "parts", folder / "whole", step=12, rtol=2e-4, atol=1e-5)
+    state = [checkpoint.read_state(folder / name / "checkpoints" / "step_00000012") for name in ("parts", "whole")]
+    assert (state[0].position, state[0].schedule) == (state[1].position, state[1].schedule)
+
+
+@pytest.mark.parametrize("name", ["skips0", "skips1"])
+def test_large_norms_are_skipped_as_in_one_process(runs, name):
+    folder, _ = runs
+    assert records(folder / "skips")[-1]["skipped"] > 0
+    assert [r["skipped"] for r in records(folder / name)] == [r["skipped"] for r in records(folder / "skips")]
+    assert_same(folder / name, folder / "skips", step=24, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["nan", "nan0"])
+def test_a_gradient_that_is_not_finite_stops_every_rank(runs, name):
+    """The last good checkpoint stays: nothing of the poisoned steps is in it."""
+    folder, results = runs
+    main, other = results[name]
+    assert main["code"] == other["code"] == 3
+    assert "a gradient that is not finite" in main["error"]
+    assert "the last good checkpoint is none yet" in main["error"]
+    assert not list((folder / name / "checkpoints").glob("*"))
+
+
+def test_a_full_disk_on_one_rank_ends_all(runs):
+    """Rank 0 fails in the middle of a file, between collectives: nobody waits for it, nothing half-written stays."""
+    folder, results = runs
+    main, other = results["full disk"]
+    assert "no space left on the device" in main["error"]
+    assert other == {"other": 2}
+    assert not list((folder / "full" / "checkpoints").iterdir())
+
+
+def test_an_indivisible_batch_names_the_nearest(runs):
+    _, results = runs
+    for result in results["indivisible"]:
+        assert result["error"].endswith("must divide into 2 ranks x train.accumulate = 2; nearest: 8")
+
+
+def test_what_does_not_go_together(tiny):
+    from fastasync.training.deepspeed_engine import check_deepspeed
+
+    for fields, message in (
+        (dict(zero=3, compile="regional"), "train.compile: regional: does not go with train.zero=3"),
+        (dict(cuda_graph="on"), "train.cuda_graph: on: records steps of the plain engine only"),
+        (dict(optimizer="apex"), "train.optimizer: apex: keeps no step count"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_deepspeed(tiny(train=fields), 2)
+
+
+def test_one_process_without_a_launcher(runs):
+    """``python train.py --set train.engine=deepspeed``."""
+    folder, _ = runs
+    job = dict(out=str(folder / "alone"), config=train_fields(zero=2, engine="deepspeed"))
+    (folder / "alone.json").write_text(json.dumps([job]))
+    command = [sys.executable, str(WORKER), str(folder / "alone.json"), str(folder / "alone")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "error" not in json.loads((folder / "alone0.json").read_text())[0]
+    assert_same(folder / "alone", folder / "plain")
+
+
+# --- whole programs: the launchers, signals and kill -9 ---------------------------------------------------------
+
+SETTINGS = {
+    "representations.encoder_steps": 10,
+    "representations.semvae_steps": 10,
+    "schedule.name": "offset:0.3",
+    "model.depth": 1,
+    "model.width": 32,
+    "train.batch": 16,
+    "train.steps": 100_000,
+    "train.log_every": 1,
+    "train.checkpoint_every": 3,
+}
+
+
+def program(out, **changes):
+    chosen = [f"--set={key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return [str(REPOSITORY / "train.py"), "--preset=digits", f"--out={out}", *chosen]
+
+
+def wait_for_steps(out, count, process, seconds=120):
+    end = time.monotonic() + seconds
+    start = last_step(out)
+    while last_step(out) < start + count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "no steps"
+        time.sleep(0.05)
+
+
+def last_step(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def ranks_of(tag, rank):
+    """Process ids of rank ``rank`` of the train.py that was started with ``tag``."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        mine = f"FASTASYNC_TEST={tag}".encode() in variables and f"RANK={rank}".encode() in variables
+        if mine and b"train.py" in command:
+            found.append(int(folder.name))
+    return found
+
+
+@contextmanager
+def started(command, tag):
+    """A launcher in a process group of its own, of which nothing survives the block."""
+    process = subprocess.Popen(
+        command,
+        env={**environment(), "FASTASYNC_TEST": tag},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_launchers_signals_and_kill_9(tmp_path):
+    """deepspeed train.py stopped by SIGTERM; torchrun train.py whose rank 1 is killed; python train.py to the end."""
+    out, root = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    with started([*launcher("deepspeed"), *program(out)], "a") as process:
+        wait_for_steps(out, 5, process)
+        # to its process group, as schedulers and terminals do: deepspeed's own runner passes nothing on
+        os.killpg(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+    assert said.count("stopped by a signal at step") == 1, said
+    stopped = checkpoint.newest(root)
+    assert not stopped.skipped
+    assert f"saved {stopped.path}" in said
+    assert not list(root.glob("*.part"))
+
+    with started([*launcher("torchrun"), *program(out, **{"train.zero": 2})], "b") as process:
+        wait_for_steps(out, 5, process)
+        (victim,) = ranks_of("b", 1)
+        os.kill(victim, signal.SIGKILL)
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count("resumed from") == 1
+    assert f"resumed from {stopped.path}" in said
+    line = "rank 0: another process of this run ended or does not answer: the last good checkpoint is "
+    assert said.count(line) == 1, said
+    kept = checkpoint.newest(root)
+    assert not kept.skipped
+    assert f"{line}{kept.path}; start again to continue" in said
+
+    last = int(kept.path.name[5:]) + 4
+    done = subprocess.run(
+        [sys.executable, *program(out, **{"train.steps": last, "train.stall_minutes": 0})],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {kept.path}" in done.stderr
+    assert f"train: {last} steps done" in done.stdout
+    assert [record["step"] for record in records(out)] == list(range(1, last + 1))
+
+
+def test_one_line_for_what_cannot_start(tmp_path):
+    """Both ranks meet the same error; it is printed once, and nothing is made."""
+    command = program(tmp_path / "run", **{"train.batch": 15, "train.device": "cpu"})
+    with started([*launcher("torchrun"), *command], "c") as process:
+        said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in said.splitlines() if line.startswith("fastasync: error")]
+    wanted = "fastasync: error: train.batch: 15: must divide into 2 ranks x train.accumulate = 1; nearest: 16"
+    assert lines == [wanted], said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_in_use_is_one_line(tmp_path):
+    """As deepspeed's launcher starts rank 0: the port is only taken then."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            [sys.executable, *program(tmp_path / "run")],
+            env={**environment(), **{name: str(value) for name, value in variables.items()}},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastasync")]
+    assert len(lines) == 1
+    assert f"127.0.0.1:{port}: the port is in use" in lines[0]

@@ -1,0 +1,199 @@
+"""The watchdog, the limit on the gradient norm, DeepSpeed's JSON, and what launchers say about a process."""
+
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from fastasync.distributed import Session, explained_loss
+from fastasync.errors import UserError
+from fastasync.training import TrainingError
+from fastasync.training.deepspeed_json import deepspeed_json
+from fastasync.training.engine import choose_engine
+from fastasync.training.interrupt import StopSignal
+from fastasync.training.metrics import WINDOW, Tally, TallyReading
+from fastasync.training.watchdog import FIRST, Watchdog
+
+# --- stalls -----------------------------------------------------------------------------------------------------
+
+
+def wait_here(seconds):
+    time.sleep(seconds)
+
+
+def test_a_stall_is_reported_once_with_the_stack():
+    said = []
+    with Watchdog(0.2 / 60, said.append, rank=3) as watchdog:
+        for step in range(5):
+            watchdog.beat(step)
+            time.sleep(0.02)
+        wait_here(0.6)
+        assert len(said) == 1
+        watchdog.beat(5)
+        wait_here(0.6)
+    assert len(said) == 2
+    assert said[0].startswith("watchdog: rank 3: no step for 0.00")
+    assert "after step 4; it is at" in said[0]
+    assert "in wait_here" in said[0]
+
+
+def test_no_alarm_in_time_nor_while_compiling():
+    said = []
+    with Watchdog(0.2 / 60, said.append):
+        time.sleep(0.2 * FIRST * 0.6)  # a first step may take longer
+    with Watchdog(0.0, said.append):
+        time.sleep(0.1)
+    code = compile("def compile_a_frame(wait):\n    wait(0.6)", "/torch/_dynamo/convert_frame.py", "exec")
+    names = {}
+    exec(code, names)
+    with Watchdog(0.1 / 60, said.append) as watchdog:
+        watchdog.beat(0)
+        names["compile_a_frame"](time.sleep)
+    assert said == []
+
+
+def test_a_stalled_run_says_where(tmp_path, tiny, run, latents, disturbed):
+    said = []
+    slow = disturbed(latents(), lambda step: time.sleep(0.8) if step == 3 else None)
+    run(tiny(train=dict(stall_minutes=0.3 / 60)), tmp_path, slow, say=said.append)
+    assert len(said) == 1
+    assert "after step 3" in said[0]
+    assert "latents.batch" in said[0]
+
+
+# --- explosions -------------------------------------------------------------------------------------------------
+
+
+def test_the_limit_is_a_multiple_of_the_median():
+    tally = Tally(["loss", "grad_norm"], torch.device("cpu"), max_norm_ratio=10.0)
+    norms = [float(norm) for norm in torch.rand(100, generator=torch.Generator().manual_seed(0)) + 1]
+    accepted = []
+    for step, norm in enumerate(norms, start=1):
+        assert math.isinf(float(tally.limit)) == (len(accepted) < WINDOW // 4)
+        tally.add([torch.tensor(1.0), torch.tensor(norm)], step)
+        accepted.append(norm)
+        if step == 50:
+            for bad in (1e6, math.nan, math.inf):
+                tally.add([torch.tensor(9.0), torch.tensor(bad)], step + 1)
+    middle = sorted(accepted[-WINDOW:])[(WINDOW - 1) // 2]  # torch's median is the lower of two
+    assert float(tally.limit) == pytest.approx(10 * middle)
+    reading = TallyReading(tally.names, tally.values.tolist())
+    assert (reading.skipped, reading.skipped_in_a_row, reading.means["loss"]) == (3, 3, 1.0)
+    other = Tally(["loss", "grad_norm"], torch.device("cpu"), max_norm_ratio=10.0)
+    other.load(json.loads(json.dumps(reading.values, allow_nan=False)))
+    assert float(other.limit) == float(tally.limit)
+
+
+def test_one_large_gradient_changes_nothing(tmp_path, tiny, run, latents, disturbed):
+    """A batch 1e4 times too large at step 30 is left out: weights and moments after it are those before it."""
+    config = tiny(train=dict(steps=31, log_every=1, checkpoint_every=30, max_norm_ratio=20.0, clip=0.0, warmup=0))
+    result = run(config, tmp_path, disturbed(latents(), lambda step: 1e4 if step == 30 else None))
+    before, after = (tmp_path / "checkpoints" / f"step_{step:08d}" for step in (30, 31))
+    for name in ("model", "ema", "optimizer"):
+        assert (before / f"{name}.safetensors").read_bytes() == (after / f"{name}.safetensors").read_bytes()
+    assert (result.record["skipped"], result.record["loss"]) == (1, None)
+
+
+def test_explosions_in_a_row_stop_the_run(tmp_path, tiny, run, latents, disturbed):
+    config = tiny(train=dict(steps=60, log_every=2, checkpoint_every=10, max_norm_ratio=20.0, clip=0.0))
+    with pytest.raises(TrainingError) as caught:
+        run(config, tmp_path, disturbed(latents(), lambda step: 1e4 if step >= 30 else None))
+    text = str(caught.value)
+    assert "or more than 20 times the median of those before (train.max_norm_ratio)" in text
+    assert "steps in a row, from step 31 on" in text
+    assert float(text.split("grad_norm ")[1].split(")")[0]) > 1e3
+    assert "step_00000030" in text
+
+
+# --- DeepSpeed's JSON -------------------------------------------------------------------------------------------
+
+
+def with_json(tiny, tmp_path, content, **fields):
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return tiny(train=dict(batch=8, deepspeed_config=str(path), **fields))
+
+
+def test_the_json_follows_the_fields(tiny, tmp_path):
+    made = deepspeed_json(tiny(train=dict(batch=24, accumulate=3, clip=0.5, zero=2)), 4)
+    assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (24, 2)
+    assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (3, 0.5)
+    assert made["zero_optimization"] == {"stage": 2}
+    mine = {
+        "zero_optimization": {"stage": "auto", "overlap_comm": False},
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": False},
+        "comms_logger": {"enabled": True},
+    }
+    merged = deepspeed_json(with_json(tiny, tmp_path, mine, zero=3, clip=1.0), 2)
+    assert merged["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert merged["comms_logger"] == {"enabled": True}
+    assert merged["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({"gradient_clipping": 2.0}, r"sets gradient_clipping = 2.0: train.clip \(1.0\) decides this"),
+        ({"zero_optimization": {"stage": 3}}, r"sets zero_optimization.stage = 3: train.zero \(1\) decides this"),
+        ({"train_micro_batch_size_per_gpu": 3}, r"train.batch / \(ranks x train.accumulate\) \(4\) decides this"),
+        ({"optimizer": {"type": "Adam"}}, "train.optimizer, train.lr, train.betas, train.weight_decay decides"),
+        ({"bf16": {"enabled": True}}, "train.precision decides this: change the field and leave bf16 out"),
+        ("{", "cannot be read as JSON"),
+        ("[1]", "needs a JSON object"),
+    ],
+)
+def test_contradictions_name_both(tiny, tmp_path, content, text):
+    with pytest.raises(UserError, match=text) as caught:
+        deepspeed_json(with_json(tiny, tmp_path, content), 2)
+    assert str(tmp_path / "ds.json") in str(caught.value)
+
+
+def test_a_json_without_deepspeed_is_refused(tiny):
+    with pytest.raises(UserError, match=r"train.deepspeed_config: x.json: train.engine is plain"):
+        tiny(train=dict(deepspeed_config="x.json", engine="plain"))
+    with pytest.raises(UserError, match="must be above 1"):
+        tiny(train=dict(max_norm_ratio=0.5))
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+def test_who_starts_a_process_chooses_the_engine(tiny):
+    alone, two = Session({}), Session({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"})
+    by_deepspeed = Session({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CROSS_SIZE": "1"})
+    assert [choose_engine(tiny(), here) for here in (alone, two, by_deepspeed)] == ["plain", "deepspeed", "deepspeed"]
+    assert choose_engine(tiny(train=dict(engine="deepspeed")), alone) == "deepspeed"
+    with pytest.raises(UserError, match="the launcher started 2: use deepspeed"):
+        choose_engine(tiny(train=dict(engine="plain")), two)
+    assert (alone.is_main, two.is_main, two.local) == (True, False, 1)
+    assert alone.from_main(lambda: 3) == alone.main_first(lambda: 3) == alone.main_only(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1"}])
+def test_an_environment_that_makes_no_sense(wrong):
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, WORLD_SIZE"):
+        Session(wrong)
+
+
+def test_errors_of_one_process_are_not_called_lost_ranks():
+    with pytest.raises(RuntimeError, match="gloo"), explained_loss():
+        raise RuntimeError("gloo")
+
+
+def test_launchers_repeat_signals():
+    """deepspeed sends SIGINT and SIGTERM, the terminal another SIGINT: none of them may end the saving."""
+    with StopSignal(launched=True) as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert stop.received == signal.SIGINT
+        stop._when -= 10.0
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
