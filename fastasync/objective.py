@@ -38,8 +38,11 @@ class Times(NamedTuple):
         return Times(*(part.to(device, dtype, non_blocking=True) for part in self))
 
 
-def stratified(seed: int, step: int, samples: Tensor, total: int) -> Tensor:
-    """One uniform per sample, float64 [B]: sample i of ``total`` falls in cell [i / total, (i + 1) / total)."""
+def stratified(seed: int, step: int | Tensor, samples: Tensor, total: int) -> Tensor:
+    """One uniform per sample, float64 [B]: sample i of ``total`` falls in cell [i / total, (i + 1) / total).
+
+    ``step``: a number, or [B, 1], one for each sample.
+    """
     jitter = philox_uniform(seed, step, samples.cpu(), 1, stream=TIME_STREAM)[:, 0].to(torch.float64)
     return (samples.cpu().to(torch.float64) + jitter) / total
 
@@ -160,7 +163,8 @@ class Objective:
         def at(step: int) -> Times:
             if step not in drawn:
                 first = step - step % block
-                u = torch.cat([stratified(seed, first + i, samples, total) for i in range(block)])
+                steps = (first + torch.arange(block)).repeat_interleave(len(samples))[:, None]
+                u = stratified(seed, steps, samples.cpu().repeat(block), total)
                 with torch.no_grad():
                     times = _times_of(u, schedule, self.density, self.mode, self.proposal, None)
                 drawn.clear()

@@ -25,5 +25,5 @@ def pytest_collection_modifyitems(items):
 def seeded():
     """Tests that draw without a generator of their own draw the same numbers whichever worker runs them, and when."""
     random.seed(0)
-    numpy.random.seed(0)
+    numpy.random.seed(0)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ def guided_update(bench: Bench) -> None:
 def run(bench: Bench) -> None:
     guided_update(bench)
     size, batch = ("tiny", 4) if bench.small else ("XL", 128)
-    names = ("ours eager",) if bench.small else ("pytorch whole", "ours whole", "ours fp8")
+    names = ("ours eager",) if bench.small else ("pytorch regional", "ours regional", "ours fp8")
     calls, models = {}, {}
     for name in names:
         if bench.time_is_up(f"sampling {name}"):

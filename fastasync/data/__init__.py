@@ -2,7 +2,7 @@
 
 from fastasync.data.images import ImageSet, check_images, check_labels, load_images
 from fastasync.data.latents import Latents, LatentSet
-from fastasync.data.order import batch_indices, draw_flips, epoch_order, training_calls
+from fastasync.data.order import batch_indices, draw_flips, epoch_order, flips_by_step, training_calls
 
 __all__ = [
     "ImageSet",
@@ -13,6 +13,7 @@ __all__ = [
     "check_labels",
     "draw_flips",
     "epoch_order",
+    "flips_by_step",
     "load_images",
     "training_calls",
 ]

@@ -45,9 +45,29 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
-def draw_flips(seed: int, step: int, samples: Tensor) -> Tensor:
+def draw_flips(seed: int, step: int | Tensor, samples: Tensor) -> Tensor:
     """Whether each sample is seen mirrored: fair, bool [B], a pure function of (seed, step, sample); stream 3."""
     return philox_uniform(seed, step, samples, 1, stream=FLIP_STREAM)[:, 0] < 0.5
+
+
+def flips_by_step(seed: int, samples: Tensor, block: int = 64) -> Callable[[int], Tensor]:
+    """``step -> draw_flips(seed, step, samples)``, drawn on the CPU for ``block`` steps at once.
+
+    The generator is a hundred small operations, however many numbers it makes: step by step they would take longer
+    than a small network's training step.
+    """
+    drawn: dict[int, Tensor] = {}
+
+    def at(step: int) -> Tensor:
+        nonlocal drawn
+        if (found := drawn.get(step)) is None:
+            steps = step - step % block + torch.arange(block)
+            flips = draw_flips(seed, steps.repeat_interleave(len(samples))[:, None], samples.cpu().repeat(block))
+            drawn = dict(zip(steps.tolist(), flips.split(len(samples))))  # replaced whole: loaders ask from threads
+            found = drawn[step]
+        return found
+
+    return at
 
 
 def training_calls(
@@ -58,10 +78,11 @@ def training_calls(
     ``parts``: the batch positions of each call of a step.  Returns n -> (indices, flips or None).
     """
 
+    flips_at = [flips_by_step(seed, positions) for positions in parts]
+
     def call(n: int) -> tuple[Tensor, Tensor | None]:
         step, part = divmod(n, len(parts))
-        positions = parts[part]
-        flips = draw_flips(seed, step, positions) if flip else None
-        return batch_indices(step, batch, count, seed)[positions], flips
+        flips = flips_at[part](step) if flip else None
+        return batch_indices(step, batch, count, seed)[parts[part]], flips
 
     return call

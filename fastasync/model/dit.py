@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import fastasync_kernels
 import torch
+import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
 from torch import Tensor, nn
 
@@ -60,6 +61,7 @@ class Ops(NamedTuple):
     gated_rmsnorm_modulate: Callable[..., Any]
     qknorm_rope: Callable[..., Any]
     swiglu: Callable[..., Any]
+    sum_bias: bool  # whether they give the gradients of the biases added before them, at almost no cost
     attention: str
 
 
@@ -73,7 +75,8 @@ def select_ops(kernels: str, device: torch.device, attention: str = "sdpa") -> O
         chosen = fastasync_kernels.select(kind, device)
     except fastasync_kernels.KernelUnavailable as error:
         raise UserError("model.kernels", kernels, str(error)) from error
-    return Ops(**{name: getattr(chosen, name) for name in Ops._fields[:-1]}, attention=attention)
+    functions = {name: getattr(chosen, name) for name in Ops._fields[:-2]}
+    return Ops(**functions, sum_bias=chosen.__name__.endswith("triton_ops"), attention=attention)
 
 
 class RMSNorm(nn.Module):
@@ -84,21 +87,42 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
+class Linear(nn.Linear):
+    """A linear layer whose bias can be left to the operation that reads the result, for its gradient."""
+
+    def forward(self, x: Tensor, detach_bias: bool = False) -> Tensor:
+        return F.linear(x, self.weight, self.bias.detach() if detach_bias else self.bias)
+
+
+def project(linear: nn.Linear, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
+    """``linear(x)``, and its bias if the next fused operation is to return the bias's gradient (otherwise None).
+
+    A bias's gradient is a sum over all rows: PyTorch reads the whole tensor again for it, a kernel that writes the
+    tensor does not.  Linears that were replaced (fp8) keep their own.
+    """
+    if ops.sum_bias and isinstance(linear, Linear) and torch.is_grad_enabled():
+        return linear(x, detach_bias=True), linear.bias
+    return linear(x), None
+
+
 class SelfAttention(nn.Module):
-    """Multi-head attention with QK-norm over each head and RoPE: h [B, N, width] -> [B, N, width]."""
+    """Multi-head attention with QK-norm over each head and RoPE: h [B, N, width] -> [B, N, width], and its last bias
+    (see ``project``)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
         # q, k and v lie in memory as [B, N, heads, Dh]: every fused backend reads that and writes the same, no copies
-        q, k, v = ops.qknorm_rope(self.qkv(h), self.q_norm.weight, self.k_norm.weight, cos, sin, self.heads)
-        return self.proj(kernels_attention.attention(q, k, v, ops.attention).transpose(1, 2).flatten(2))
+        packed, bias = project(self.qkv, h, ops)
+        weights = self.q_norm.weight, self.k_norm.weight
+        q, k, v = ops.qknorm_rope(packed, *weights, cos, sin, self.heads, bias=bias)
+        return project(self.proj, kernels_attention.attention(q, k, v, ops.attention).transpose(1, 2).flatten(2), ops)
 
 
 class SwiGLU(nn.Module):
@@ -107,11 +131,12 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = int(2 / 3 * 4 * width)
-        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w12 = Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, h: Tensor, ops: Ops) -> Tensor:
-        return self.w3(ops.swiglu(self.w12(h)))
+        packed, bias = project(self.w12, h, ops)
+        return self.w3(ops.swiglu(packed, bias=bias))
 
 
 class Block(nn.Module):
@@ -144,8 +169,8 @@ class Block(nn.Module):
             h = ops.rmsnorm_modulate(x, self.norm1.weight, shift1, scale1)
         else:
             x, h = ops.gated_rmsnorm_modulate(x, y, gate, self.norm1.weight, shift1, scale1)
-        y = self.attn(h, cos, sin, ops)
-        x, h = ops.gated_rmsnorm_modulate(x, y, gate1, self.norm2.weight, shift2, scale2)
+        y, bias = self.attn(h, cos, sin, ops)
+        x, h = ops.gated_rmsnorm_modulate(x, y, gate1, self.norm2.weight, shift2, scale2, bias=bias)
         return x, self.mlp(h, ops), gate2
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.config import Config
-from fastasync.data import Latents, batch_indices, draw_flips, training_calls
+from fastasync.data import Latents, batch_indices, flips_by_step, training_calls
 from fastasync.distributed import explained_loss, session
 from fastasync.errors import UserError
 from fastasync.model import train_flops
@@ -132,12 +132,10 @@ def train(
         )
         stop = stack.enter_context(StopSignal(launched=engine.world > 1))
         watchdog = stack.enter_context(Watchdog(settings.stall_minutes, show, engine.rank))
-        places = [(where, where.to(latents.device), where.to(device)) for where in engine.positions()]
+        places = [(where, where.to(device)) for where in engine.positions()]
         flops, peak = train_flops(engine.model), peak_flops(device)
         if hasattr(latents, "prefetch"):  # latents on disk are gathered ahead, in the order in which they are needed
-            calls = training_calls(
-                [where for where, _, _ in places], settings.batch, len(latents), seed, config.data.flip
-            )
+            calls = training_calls([where for where, _ in places], settings.batch, len(latents), seed, config.data.flip)
             latents.prefetch(calls, step * len(places), settings.steps * len(places))
 
         def halt(what: str, terms: dict[str, float | None]) -> TrainingError:
@@ -173,19 +171,20 @@ def train(
                 milestone_every=settings.milestone_every,
             )
 
-        compute = step_function(engine, config, objective, ops, [at_model for _, _, at_model in places])
+        compute = step_function(engine, config, objective, ops, [at_model for _, at_model in places])
 
         clocks = [
-            objective.times_by_step(schedule, seed=seed, samples=where, total=settings.batch) for where, _, _ in places
+            objective.times_by_step(schedule, seed=seed, samples=where, total=settings.batch) for where, _ in places
         ]
+        flips_at = [flips_by_step(seed, where) for where, _ in places]
 
         while step < settings.steps:
             # --- one step: `step` keys data order, noise, times, flips and label dropout ----------------------------
             order = batch_indices(step, settings.batch, len(latents), seed)
             parts = []
-            for (where, at_data, _), times_at in zip(places, clocks):
+            for (where, _), times_at, flips_of in zip(places, clocks, flips_at):
                 indices = order[where]
-                flips = draw_flips(seed, step, at_data) if config.data.flip else None
+                flips = flips_of(step) if config.data.flip else None
                 z, y = (part.to(device, non_blocking=True) for part in latents.batch(indices, flips))
                 features = None if features_of is None else features_of(indices, flips).to(device, non_blocking=True)
                 times = times_at(step).to(device)

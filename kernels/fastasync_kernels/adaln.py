@@ -14,8 +14,9 @@ Backward (r and n are recomputed), with g = dL/dh, e = dL/dx' from the residual 
     dL/dx' = e + r (g a - n mean(g a n)),     dL/dx = dL/dx',     dL/dy = gate dL/dx'
     dshift = sum g,    dscale = weight sum(g n),    dweight = sum_b (1 + scale_b) sum(g n)_b,    dgate = sum(dL/dx' y)
 
-so three column sums feed all four parameter gradients.  They are reduced in two fixed stages (no atomics, so the same
-bits every time): one partial sum per program, each over ``_CHUNK`` consecutive tokens, then a sum over the programs.
+so three column sums feed all four parameter gradients, and a fourth one, sum(dL/dy), is the gradient of the bias of the
+linear that made y, if asked for.  They are reduced in two fixed stages (no atomics, so the same bits every time): one
+partial sum per program, each over ``_CHUNK`` consecutive tokens, then a sum over the programs.
 
 bfloat16, float16 and float32; float64 is refused (use the reference).
 """
@@ -127,6 +128,7 @@ def _backward_kernel(
     dout_n,
     eps,
     GATED: tl.constexpr,
+    BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     D: tl.constexpr,
     HEAD: tl.constexpr,
@@ -135,7 +137,10 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x is the normalised tensor (x' of the gated form).  RESIDUAL: a gradient of x' arrives besides that of h."""
+    """x is the normalised tensor (x' of the gated form).  RESIDUAL: a gradient of x' arrives besides that of h.
+
+    BIAS (gated only): sum dy too.
+    """
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
     low = tl.arange(0, HEAD)[None, :]
@@ -155,6 +160,9 @@ def _backward_kernel(
         gate1 = tl.load(gate_ptr + sample * gate_b + high, inside, 0.0).to(tl.float32)
         gate_sum0 = tl.zeros([ROWS, HEAD], tl.float32)
         gate_sum1 = tl.zeros([ROWS, TAIL], tl.float32)
+    if BIAS:
+        dx_sum0 = tl.zeros([ROWS, HEAD], tl.float32)
+        dx_sum1 = tl.zeros([ROWS, TAIL], tl.float32)
 
     for start in tl.range(first, tl.minimum(first + CHUNK, tokens), ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS))[:, None]
@@ -188,12 +196,15 @@ def _backward_kernel(
             gate_sum1 += dx1 * tl.load(y_row + high, here & inside, 0.0).to(tl.float32)
             tl.store(dy_ptr + dx_row + low, (dx0 * gate0).to(dy_ptr.dtype.element_ty), here)
             tl.store(dy_ptr + dx_row + high, (dx1 * gate1).to(dy_ptr.dtype.element_ty), here & inside)
+        if BIAS:
+            dx_sum0 += dx0
+            dx_sum1 += dx1
         g_sum0 += g0
         g_sum1 += g1
         gn_sum0 += g0 * n0
         gn_sum1 += g1 * n1
 
-    sums: tl.constexpr = 3 if GATED else 2
+    sums: tl.constexpr = 2 + GATED + BIAS
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * sums * D
     tl.store(partial + low, tl.sum(g_sum0, 0)[None, :])
     tl.store(partial + high, tl.sum(g_sum1, 0)[None, :], inside)
@@ -202,6 +213,9 @@ def _backward_kernel(
     if GATED:
         tl.store(partial + 2 * D + low, tl.sum(gate_sum0, 0)[None, :])
         tl.store(partial + 2 * D + high, tl.sum(gate_sum1, 0)[None, :], inside)
+    if BIAS:  # dy = gate dx'
+        tl.store(partial + 3 * D + low, gate0 * tl.sum(dx_sum0, 0)[None, :])
+        tl.store(partial + 3 * D + high, gate1 * tl.sum(dx_sum1, 0)[None, :], inside)
 
 
 @triton.jit
@@ -216,20 +230,20 @@ def _reduce_kernel(
     chunks,
     scale_b,
     GATED: tl.constexpr,
+    SUMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Second stage: one sample's partial sums [chunks, 2 or 3, D] -> its dshift, dscale, dgate and share of dweight."""
+    """Second stage: one sample's partial sums [chunks, SUMS, D] -> its dshift, dscale, dgate and share of dweight."""
     sample = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
-    sums: tl.constexpr = 3 if GATED else 2
-    partial = partial_ptr + sample * chunks * sums * D + column
+    partial = partial_ptr + sample * chunks * SUMS * D + column
     g_sum = tl.zeros([BLOCK], tl.float32)
     gn_sum = tl.zeros([BLOCK], tl.float32)
     gate_sum = tl.zeros([BLOCK], tl.float32)
     for chunk in range(chunks):
-        here = partial + chunk * sums * D
+        here = partial + chunk * SUMS * D
         g_sum += tl.load(here, inside, 0.0)
         gn_sum += tl.load(here + D, inside, 0.0)
         if GATED:
@@ -254,7 +268,9 @@ def _blocks(width: int) -> tuple[int, int, int]:
     return head, max(tail, 64 * warps), warps
 
 
-def _check(x: Tensor, y: Tensor | None, weight: Tensor, conditions: dict[str, Tensor]) -> None:
+def _check(
+    x: Tensor, y: Tensor | None, weight: Tensor, conditions: dict[str, Tensor], bias: Tensor | None = None
+) -> None:
     check_tensor("x", x, FLOATS, (-1, -1, -1))
     batch, _, width = x.shape
     if width < 2:
@@ -268,6 +284,8 @@ def _check(x: Tensor, y: Tensor | None, weight: Tensor, conditions: dict[str, Te
     for name, tensor in conditions.items():
         check_tensor(name, tensor, (x.dtype,), (batch, width), x.device)
         check_unit_stride(name, tensor)
+    if bias is not None:
+        check_tensor("bias", bias, (torch.float32, x.dtype), (width,), x.device)
 
 
 def _launch_forward(
@@ -300,8 +318,9 @@ def _launch_backward(
     dresidual: Tensor | None,
     dout: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dweight, dshift, dscale (dy and dgate empty when not gated)."""
+    bias: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dy, dgate, dweight, dshift, dscale, dbias (dy, dgate empty when not gated; dbias without its dtype)."""
     batch, tokens, width = x.shape
     dout = unit_stride(dout)
     gated = y is not None and gate is not None
@@ -314,7 +333,8 @@ def _launch_backward(
     weighted = x.new_empty((batch, width), dtype=torch.float32)
     head, tail, warps = _blocks(width)
     chunks = triton.cdiv(tokens, _CHUNK)
-    partial = x.new_empty((batch, chunks, 3 if gated else 2, width), dtype=torch.float32)
+    sums = 2 + gated + (bias is not None)
+    partial = x.new_empty((batch, chunks, sums, width), dtype=torch.float32)
     if batch:
         block = 4096 if INTERPRET else 256
         with on_device(x):
@@ -323,14 +343,15 @@ def _launch_backward(
                     x, second, gates, weight, scale, incoming, dout, dx, dy, partial, tokens, chunks,
                     x.stride(0), x.stride(1), second.stride(0), second.stride(1), gates.stride(0), scale.stride(0),
                     incoming.stride(0), incoming.stride(1), dout.stride(0), dout.stride(1), eps,
-                    GATED=gated, RESIDUAL=dresidual is not None, D=width, HEAD=head, TAIL=tail,
+                    GATED=gated, BIAS=bias is not None, RESIDUAL=dresidual is not None, D=width, HEAD=head, TAIL=tail,
                     CHUNK=_CHUNK, ROWS=_ROWS, STAGES=_STAGES, num_warps=warps,
                 )  # fmt: skip
             _reduce_kernel[(batch, triton.cdiv(width, block))](
                 partial, weight, scale, dshift, dscale, dgate, weighted, chunks, scale.stride(0),
-                GATED=gated, D=width, BLOCK=block, num_warps=2,
+                GATED=gated, SUMS=sums, D=width, BLOCK=block, num_warps=2,
             )  # fmt: skip
-    return dx, dy, dgate, weighted.sum(0).to(weight.dtype), dshift, dscale
+    dbias = x.new_empty(0) if bias is None else partial[:, :, 3].sum((0, 1)).to(bias)
+    return dx, dy, dgate, weighted.sum(0).to(weight.dtype), dshift, dscale, dbias
 
 
 @torch.library.custom_op("fastasync::rmsnorm_modulate", mutates_args=())
@@ -348,7 +369,7 @@ def _(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Te
 def _plain_backward_op(
     dout: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, _, _, dweight, dshift, dscale = _launch_backward(x, None, None, weight, scale, None, dout, eps)
+    dx, _, _, dweight, dshift, dscale, _ = _launch_backward(x, None, None, weight, scale, None, dout, eps)
     return dx, dweight, dshift, dscale
 
 
@@ -371,15 +392,29 @@ _plain_op.register_autograd(_plain_backward, setup_context=_plain_setup)
 
 @torch.library.custom_op("fastasync::gated_rmsnorm_modulate", mutates_args=())
 def _gated_op(
-    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, y, weight, {"gate": gate, "shift": shift, "scale": scale})
+    _check(x, y, weight, {"gate": gate, "shift": shift, "scale": scale}, bias)
     return _launch_forward(x, y, gate, weight, shift, scale, eps)
 
 
 @_gated_op.register_fake
 def _(
-    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -394,8 +429,9 @@ def _gated_backward_op(
     weight: Tensor,
     scale: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _launch_backward(residual, y, gate, weight, scale, dresidual, dout, eps)
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _launch_backward(residual, y, gate, weight, scale, dresidual, dout, eps, bias)
 
 
 @_gated_backward_op.register_fake
@@ -408,7 +444,8 @@ def _(
     weight: Tensor,
     scale: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row, column = residual.shape, scale.shape
     return (
         residual.new_empty(row),
@@ -417,11 +454,13 @@ def _(
         weight.new_empty(weight.shape),
         residual.new_empty(column),
         residual.new_empty(column),
+        residual.new_empty(0) if bias is None else residual.new_empty(weight.shape, dtype=bias),
     )
 
 
 def _gated_setup(ctx, inputs, output) -> None:
-    _, y, gate, weight, _, scale, ctx.eps = inputs
+    _, y, gate, weight, _, scale, ctx.eps, bias = inputs
+    ctx.bias = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # after the last block nobody uses x': no tensor of zeros is made and read
     ctx.save_for_backward(output[0], y, gate, weight, scale)
 
@@ -430,10 +469,8 @@ def _gated_backward(ctx, dresidual: Tensor | None, dout: Tensor | None):
     residual, y, gate, weight, scale = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(residual)
-    dx, dy, dgate, dweight, dshift, dscale = _gated_backward_op(
-        dresidual, dout, residual, y, gate, weight, scale, ctx.eps
-    )
-    return dx, dy, dgate, dweight, dshift, dscale, None
+    *grads, dbias = _gated_backward_op(dresidual, dout, residual, y, gate, weight, scale, ctx.eps, ctx.bias)
+    return *grads, None, None if ctx.bias is None else dbias
 
 
 _gated_op.register_autograd(_gated_backward, setup_context=_gated_setup)
@@ -449,17 +486,27 @@ def rmsnorm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, ep
 
 
 def gated_rmsnorm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x' = x + gate y``; ``h = rmsnorm(x') (1 + scale) + shift``.  Returns (x', h), both [B, N, D].
 
     x, y [B, N, D]; gate, shift, scale [B, D]; weight [D].  Dtypes, strides and errors as in ``rmsnorm_modulate``.
+    ``bias`` [D] (x's dtype or float32): its gradient, the sum of dy over samples and tokens, is returned, its values
+    are not read: pass it when the linear that made y used ``bias.detach()``.
     """
-    return _gated_op(x, y, gate, weight, shift, scale, eps)
+    return _gated_op(x, y, gate, weight, shift, scale, eps, bias)
 
 
 def _offline() -> list[OfflineCase]:
-    """XL's width, in bfloat16 and float32, plain and gated."""
+    """XL's width, in bfloat16 and float32, plain, gated, and gated with the bias of y."""
     head, tail, warps = _blocks(1152)
 
     def signature(kind: str, pointers: str, integers: str, wide: str = "") -> dict[str, str]:
@@ -472,18 +519,19 @@ def _offline() -> list[OfflineCase]:
     )
     cases = []
     for kind in ("*bf16", "*fp32"):
-        for gated in (False, True):
-            block = {"GATED": gated, "D": 1152, "HEAD": head, "TAIL": tail, "CHUNK": _CHUNK, "ROWS": 1}
+        for gated, bias in ((False, False), (True, False), (True, True)):
+            block: dict[str, int] = {"GATED": gated, "D": 1152, "HEAD": head, "TAIL": tail, "CHUNK": _CHUNK, "ROWS": 1}
             block["STAGES"] = _STAGES
             types = signature(kind, "x y gate weight shift scale residual out", "tokens chunks " + forward_strides)
             types["eps"] = "fp32"
-            cases.append(OfflineCase(_forward_kernel, types, block, warps, tuple(forward_strides.split())))
+            if not bias:
+                cases.append(OfflineCase(_forward_kernel, types, block, warps, tuple(forward_strides.split())))
             pointers = "x y gate weight scale dresidual dout dx dy"
             types = signature(kind, pointers, "tokens chunks " + backward_strides, "partial") | {"eps": "fp32"}
-            block = block | {"RESIDUAL": gated}
+            block = block | {"BIAS": bias, "RESIDUAL": gated}
             cases.append(OfflineCase(_backward_kernel, types, block, warps, tuple(backward_strides.split())))
             types = signature(kind, "weight scale dshift dscale dgate", "chunks scale_b", "partial dweight")
-            block = {"GATED": gated, "D": 1152, "BLOCK": 256}
+            block = {"GATED": gated, "SUMS": 2 + gated + bias, "D": 1152, "BLOCK": 256}
             cases.append(OfflineCase(_reduce_kernel, types, block, 2, ("scale_b",)))
     return cases
 

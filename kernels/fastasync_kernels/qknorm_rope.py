@@ -12,8 +12,9 @@ v is a view of qkv: nothing is copied.  Backward (r is recomputed), with g the g
 
 and one launch writes dq, dk and dv into the packed gradient.  Each program keeps one token and walks over samples, so
 that cos, sin and the weights stay in registers.  dweight: one partial sum per program, then one sum over the programs,
-always in the same order.  Strides over heads and tokens are compile-time constants: 72 is a multiple of 8, which
-is 16 bytes, but Triton only learns at run time about multiples of 16.
+always in the same order; the gradient of the bias of the linear that made qkv, if asked for, is the sum of dx over
+samples and tokens and made the same way.  Strides over heads and tokens are compile-time constants: 72 is a multiple
+of 8, which is 16 bytes, but Triton only learns at run time about multiples of 16.
 
 The reference rounds x r and z to qkv's dtype on the way; here they stay in float32.  bfloat16, float16 and float32;
 float64 is refused (use the reference).
@@ -33,6 +34,7 @@ from ._rows import check_unit_stride, head_and_tail, unit_stride
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
 _SAMPLES = 16  # samples per program: 12,288 programs at B = N = 256, and partial sums of 2 MB
+_BIAS_SAMPLES = 32  # with the sums of a bias, which are 1152 numbers a program: 6,144 programs, 28 MB
 _STAGES = 3
 
 
@@ -137,6 +139,7 @@ def _backward_kernel(
     dv_ptr,
     dqkv_ptr,
     partial_ptr,
+    bias_partial_ptr,
     batch,
     tokens,
     qkv_b,
@@ -151,6 +154,7 @@ def _backward_kernel(
     DK_N: tl.constexpr,
     DV_H: tl.constexpr,
     DV_N: tl.constexpr,
+    BIAS: tl.constexpr,
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -169,14 +173,22 @@ def _backward_kernel(
     target = dqkv_ptr + token.to(tl.int64) * (3 * HEADS * DH) + part * HEADS * DH + row * DH
     packed = tl.cast(tokens, tl.int64) * (3 * HEADS * DH)  # elements of one sample of the packed gradient
     kind: tl.constexpr = dqkv_ptr.dtype.element_ty
+    if BIAS:
+        bias0 = tl.zeros([ROWS, HEAD], tl.float32)
+        bias1 = tl.zeros([ROWS, TAIL], tl.float32)
 
     if part == 2:
         incoming = dv_ptr + token.to(tl.int64) * DV_N + row * DV_H
         for sample in tl.range(first, last, num_stages=STAGES):
             g_row = incoming + tl.cast(sample, tl.int64) * dv_b
             out_row = target + sample * packed
-            tl.store(out_row + low, tl.load(g_row + low, here, 0.0), here)
-            tl.store(out_row + high, tl.load(g_row + high, inside, 0.0), inside)
+            g0 = tl.load(g_row + low, here, 0.0)
+            g1 = tl.load(g_row + high, inside, 0.0)
+            tl.store(out_row + low, g0, here)
+            tl.store(out_row + high, g1, inside)
+            if BIAS:
+                bias0 += g0.to(tl.float32)
+                bias1 += g1.to(tl.float32)
     else:
         if part == 0:
             weight_ptr = q_weight_ptr
@@ -225,6 +237,9 @@ def _backward_kernel(
             out_row = target + sample * packed
             tl.store(out_row + low, dx0.to(kind), here)
             tl.store(out_row + high, dx1.to(kind), inside)
+            if BIAS:
+                bias0 += dx0
+                bias1 += dx1
         # partial sums [2 (q, k), programs of that part, DH]
         share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
         partial = partial_ptr + share.to(tl.int64)
@@ -232,9 +247,13 @@ def _backward_kernel(
         sum1 = tl.reshape(tl.join(tl.sum(sum_e1, 0), tl.sum(sum_o1, 0)), [TAIL])
         tl.store(partial + tl.arange(0, HEAD), sum0)
         tl.store(partial + HEAD + tl.arange(0, TAIL), sum1, HEAD + tl.arange(0, TAIL) < DH)
+    if BIAS:  # partial sums [programs of a part, 3 (q, k, v), HEADS * DH]: the parts vary fastest over the programs
+        bias_row = bias_partial_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
+        tl.store(bias_row + low, bias0, here)
+        tl.store(bias_row + high, bias1, inside)
 
 
-def _meta(heads: int, width: int, features: int) -> dict[str, Any]:
+def _meta(heads: int, width: int, features: int, samples: int) -> dict[str, Any]:
     """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
 
     The tail has at least two a thread (some masked): a load of less than four bytes is not prefetched.
@@ -244,7 +263,7 @@ def _meta(heads: int, width: int, features: int) -> dict[str, Any]:
     warps = min(max(rows * head // (32 * features), 1), 8)
     return {
         "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * warps // rows),
-        "SAMPLES": _SAMPLES, "STAGES": _STAGES, "num_warps": warps,
+        "SAMPLES": samples, "STAGES": _STAGES, "num_warps": warps,
     }  # fmt: skip
 
 
@@ -292,7 +311,7 @@ def _forward_op(
             _forward_kernel[(2 * tokens * triton.cdiv(batch, _SAMPLES),)](
                 qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
                 qkv.stride(0), qkv.stride(1), q.stride(0), eps,
-                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16),
+                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16, _SAMPLES),
             )  # fmt: skip
     return q, k
 
@@ -316,24 +335,28 @@ def _backward_op(
     sin: Tensor,
     heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, packed = qkv.shape
     width = packed // (3 * heads)
     dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
     dqkv = qkv.new_empty(qkv.shape)
-    programs = tokens * triton.cdiv(batch, _SAMPLES)
+    samples = _SAMPLES if bias is None else _BIAS_SAMPLES
+    programs = tokens * triton.cdiv(batch, samples)
     partial = qkv.new_empty((2, programs, width), dtype=torch.float32)
+    bias_partial = qkv.new_empty((0 if bias is None else programs, packed), dtype=torch.float32)
     if programs:
         with on_device(qkv):
             _backward_kernel[(3 * programs,)](
-                qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, batch, tokens,
+                qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, bias_partial, batch, tokens,
                 qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
-                DV_H=dv.stride(1), DV_N=dv.stride(2), **_meta(heads, width, 8),
+                DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, **_meta(heads, width, 8, samples),
             )  # fmt: skip
     dq_weight, dk_weight = partial.sum(1).unbind(0)
+    dbias = qkv.new_empty(0) if bias is None else bias_partial.sum(0).to(bias)
     # copies: an operator's outputs may not share memory
-    return dqkv, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True)
+    return dqkv, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True), dbias
 
 
 @_backward_op.register_fake
@@ -348,8 +371,10 @@ def _(
     sin: Tensor,
     heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
+    bias: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = qkv.new_empty(0) if bias is None else qkv.new_empty(qkv.shape[-1], dtype=bias)
+    return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape), dbias
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -357,10 +382,10 @@ class _QKNormRope(torch.autograd.Function):
     its gradient has to reach the backward operator instead of becoming a second tensor of qkv's size."""
 
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, layout):
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias):
         q, k = _forward_op(qkv, q_weight, k_weight, cos, sin, heads, eps, layout)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        ctx.heads, ctx.eps = heads, eps
+        ctx.heads, ctx.eps, ctx.bias = heads, eps, None if bias is None else bias.dtype
         batch, tokens, packed = qkv.shape
         v = qkv.view(batch, tokens, 3, heads, packed // (3 * heads))[:, :, 2].transpose(1, 2)
         return q, k, v
@@ -368,8 +393,8 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        grads = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps)
-        return *grads, None, None, None, None, None
+        *grads, dbias = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps, ctx.bias)
+        return *grads, None, None, None, None, None, None if ctx.bias is None else dbias
 
 
 def qknorm_rope(
@@ -381,6 +406,8 @@ def qknorm_rope(
     heads: int,
     eps: float = 1e-6,
     layout: str = "bnhd",
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed qkv [B, N, 3 heads Dh] (order q, k, v; then heads; then Dh) -> q, k, v, each of shape [B, heads, N, Dh].
 
@@ -388,17 +415,21 @@ def qknorm_rope(
     and sin [N, Dh] (float32, contiguous, interleaved pairs).  ``layout`` is their memory order: "bnhd" (what the
     FlashAttention family reads, and the order of qkv itself) or "bhnd".  v is a view of qkv, not a copy; writing to it
     in place is an error under autograd.  The last axis of qkv must be contiguous, its others may have any stride.
+    ``bias`` [3 heads Dh] (qkv's dtype or float32): its gradient, the sum of dqkv over samples and tokens, is returned,
+    its values are not read: pass it when the linear that made qkv used ``bias.detach()``.
     TypeError for a dtype, ValueError for a shape, stride, device or layout that the kernel does not take.
     """
+    if bias is not None:
+        check_tensor("bias", bias, (torch.float32, qkv.dtype), qkv.shape[-1:], qkv.device)
     if k_weight is q_weight:  # torch.compile of 2.11 drops a gradient of an argument given twice; 2.13 refuses it
         k_weight = k_weight.view_as(k_weight)
-    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, layout)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias)
 
 
 def _offline() -> list[OfflineCase]:
-    """XL: 16 heads of 72, in bfloat16 and float32."""
+    """XL: 16 heads of 72, in bfloat16 and float32, backward also with the bias of qkv."""
     cases = []
-    forward, backward = _meta(16, 72, 16), _meta(16, 72, 8)
+    forward, backward = _meta(16, 72, 16, _SAMPLES), _meta(16, 72, 8, _SAMPLES)
     forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
     for kind in ("*bf16", "*fp32"):
         sizes = {"batch": "i32", "tokens": "i32"}
@@ -411,9 +442,15 @@ def _offline() -> list[OfflineCase]:
         cases.append(OfflineCase(_forward_kernel, signature, forward, forward_warps, strides))
         strides = ("qkv_b", "qkv_n", "dq_b", "dk_b", "dv_b")
         signature = inputs | tables | {f"{name}_ptr": kind for name in ("dq", "dk", "dv", "dqkv")} | sizes
-        signature |= dict.fromkeys(strides, "i32") | {"partial_ptr": "*fp32", "eps": "fp32"}
+        signature |= dict.fromkeys(strides, "i32") | {
+            "partial_ptr": "*fp32",
+            "bias_partial_ptr": "*fp32",
+            "eps": "fp32",
+        }
         backward |= {"DQ_H": 72, "DQ_N": 1152, "DK_H": 72, "DK_N": 1152, "DV_H": 72, "DV_N": 1152}
-        cases.append(OfflineCase(_backward_kernel, signature, backward, backward_warps, strides))
+        for bias, samples in ((False, _SAMPLES), (True, _BIAS_SAMPLES)):
+            block = backward | {"BIAS": bias, "SAMPLES": samples}
+            cases.append(OfflineCase(_backward_kernel, signature, block, backward_warps, strides))
     return cases
 
 

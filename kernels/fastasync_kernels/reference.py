@@ -41,7 +41,8 @@ def philox(seed: int, counters: Sequence[Tensor], rounds: int = 10) -> tuple[Ten
 def _words(seed: int, step: int | Tensor, samples: Tensor, count: int, stream: int) -> tuple[Tensor, ...]:
     """Counter = (element // 4, sample, step, stream): four words of shape [B, ceil(count / 4)].
 
-    ``step``: an int, or a one-element integer tensor on the device, so that a CUDA graph can be replayed at new steps.
+    ``step``: an int, or an integer tensor on the device, so that a CUDA graph can be replayed at new steps: of one
+    element, or [B, 1], one for each sample.
     """
     samples = samples.to(torch.int64)
     blocks = torch.arange((count + 3) // 4, device=samples.device, dtype=torch.int64)
@@ -170,12 +171,24 @@ def rmsnorm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, ep
 
 
 def gated_rmsnorm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The end of one half-block, the start of the next: ``x' = x + gate y``; ``h = rmsnorm(x') (1 + scale) + shift``.
 
     x, y [B, N, D]; gate, shift, scale [B, D]; weight [D].  Returns (x', h), both [B, N, D].
+    ``bias`` [D]: its gradient, the sum of dy over samples and tokens, is returned, its values are not read: pass it
+    when the linear that made y used ``bias.detach()``.
     """
+    if bias is not None:
+        y = y - (bias.detach() - bias).to(y.dtype)  # minus +0: the same bits, -0 too
     residual = x + gate[:, None] * y
     return residual, rmsnorm_modulate(residual, weight, shift, scale, eps)
 
@@ -187,13 +200,24 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 
 def qknorm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float = 1e-6
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float = 1e-6,
+    *,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed qkv [B, N, 3 * heads * Dh] (order q, k, v; then heads; then Dh) -> q, k, v as [B, heads, N, Dh].
 
     q and k get an RMSNorm over each head (weights [Dh]) and then RoPE with the tables cos, sin [N, Dh] (float32,
-    interleaved pairs); v is passed through.
+    interleaved pairs); v is passed through.  ``bias`` [3 * heads * Dh]: its gradient, the sum of dqkv over samples and
+    tokens, is returned, its values are not read: pass it when the linear that made qkv used ``bias.detach()``.
     """
+    if bias is not None:
+        qkv = qkv - (bias.detach() - bias).to(qkv.dtype)  # minus +0: the same bits, -0 too
     batch, tokens, width = qkv.shape
     q, k, v = qkv.reshape(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
     out = []
@@ -204,8 +228,14 @@ def qknorm_rope(
     return out[0], out[1], v
 
 
-def swiglu(packed: Tensor) -> Tensor:
-    """``silu(a) * b`` with [a, b] the two halves of the last axis: [..., 2 F] -> [..., F]."""
+def swiglu(packed: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """``silu(a) * b`` with [a, b] the two halves of the last axis: [..., 2 F] -> [..., F].
+
+    bias: [2 F] of the linear that made packed.  It gets the gradient that adding it would give; its values are not
+    used: pass it when the linear used ``bias.detach()``.
+    """
+    if bias is not None:
+        packed = packed + (bias - bias.detach()).to(packed.dtype)
     a, b = packed.chunk(2, dim=-1)
     return torch.nn.functional.silu(a) * b
 

@@ -4,6 +4,9 @@ Backward, from the input alone (s is recomputed, nothing but the input is kept),
 
     da = g b s (1 + a (1 - s)),     db = g a s
 
+The gradient of the bias of the linear before it, the sum of [da, db] over all rows, is taken on the way: one partial
+sum for every ``_CHUNK`` rows, then a sum over those, always in the same order.
+
 Computed in float32 and rounded once (the reference rounds silu(a) first).  bfloat16, float16 and float32; float64 is
 refused (use the reference).
 """
@@ -19,20 +22,23 @@ from ._common import FLOATS, INTERPRET, OfflineCase, check_tensor, on_device
 
 _COLUMNS = 1024  # 3 x 1024 is XL's width exactly
 _ROWS = 64 if INTERPRET else 4
+# a backward pass that sums the bias's gradient: rows per program, rows in flight, and how far ahead they are fetched
+_CHUNK, _BIAS_ROWS, _STAGES = 64, 64 if INTERPRET else 2, 3
 
 
 @triton.jit
-def _place(rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row [ROWS, 1] and column [1, COLUMNS] numbers of this program's block, and which of them exist."""
+def _place(F: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
+    """The number of this program's chunk of rows (int64), and its columns [COLUMNS]."""
     blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
-    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, column, (row < rows) & (column < F)
+    return (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
 def _forward_kernel(packed_ptr, out_ptr, rows, packed_row, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column, inside = _place(rows, F, ROWS, COLUMNS)
+    chunk, column = _place(F, ROWS, COLUMNS)
+    row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
+    column = column[None, :]
+    inside = (row < rows) & (column < F)
     source = packed_ptr + row * packed_row + column
     a = tl.load(source, inside, 0.0).to(tl.float32)
     b = tl.load(source + F, inside, 0.0).to(tl.float32)
@@ -44,23 +50,44 @@ def _backward_kernel(
     packed_ptr,
     dout_ptr,
     dpacked_ptr,
+    partial_ptr,
     rows,
     packed_row,
     dout_row,
     F: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    row, column, inside = _place(rows, F, ROWS, COLUMNS)
-    source = packed_ptr + row * packed_row + column
-    a = tl.load(source, inside, 0.0).to(tl.float32)
-    b = tl.load(source + F, inside, 0.0).to(tl.float32)
-    g = tl.load(dout_ptr + row * dout_row + column, inside, 0.0).to(tl.float32)
-    s = tl.sigmoid(a)
-    target = dpacked_ptr + row * (2 * F) + column
+    """Without BIAS, CHUNK is ROWS: one block of rows a program."""
+    chunk, columns = _place(F, CHUNK, COLUMNS)
+    column = columns[None, :]
     kind: tl.constexpr = dpacked_ptr.dtype.element_ty
-    tl.store(target, (g * b * s * (1.0 + a * (1.0 - s))).to(kind), inside)
-    tl.store(target + F, (g * a * s).to(kind), inside)
+    if BIAS:
+        a_sum = tl.zeros([COLUMNS], tl.float32)
+        b_sum = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
+        row = chunk * CHUNK + start + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < F)
+        source = packed_ptr + row * packed_row + column
+        a = tl.load(source, inside, 0.0).to(tl.float32)
+        b = tl.load(source + F, inside, 0.0).to(tl.float32)
+        g = tl.load(dout_ptr + row * dout_row + column, inside, 0.0).to(tl.float32)
+        s = tl.sigmoid(a)
+        da = g * b * s * (1.0 + a * (1.0 - s))
+        db = g * a * s
+        target = dpacked_ptr + row * (2 * F) + column
+        tl.store(target, da.to(kind), inside)
+        tl.store(target + F, db.to(kind), inside)
+        if BIAS:
+            a_sum += tl.sum(da, 0)
+            b_sum += tl.sum(db, 0)
+    if BIAS:
+        partial = partial_ptr + chunk * (2 * F) + columns
+        tl.store(partial, a_sum, columns < F)
+        tl.store(partial + F, b_sum, columns < F)
 
 
 def _as_rows(name: str, tensor: Tensor) -> Tensor:
@@ -75,71 +102,85 @@ def _as_rows(name: str, tensor: Tensor) -> Tensor:
     return rows
 
 
-def _grid(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
+def _grid(rows: int, width: int, chunk: int) -> tuple[tuple[int], dict[str, int]]:
     columns = min(_COLUMNS, triton.next_power_of_2(width))
-    grid = (triton.cdiv(rows, _ROWS) * triton.cdiv(width, columns),)
-    return grid, {"F": width, "ROWS": _ROWS, "COLUMNS": columns, "num_warps": 4}
+    grid = (triton.cdiv(rows, chunk) * triton.cdiv(width, columns),)
+    return grid, {"F": width, "COLUMNS": columns, "num_warps": 4}
 
 
 @torch.library.custom_op("fastasync::swiglu", mutates_args=())
-def _forward_op(packed: Tensor) -> Tensor:
+def _forward_op(packed: Tensor, bias: Tensor | None) -> Tensor:
     check_tensor("packed", packed, FLOATS)
     if packed.dim() < 1 or packed.shape[-1] < 2 or packed.shape[-1] % 2:
         raise ValueError(f"packed must be [..., 2 F], not {list(packed.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, (torch.float32, packed.dtype), packed.shape[-1:], packed.device)
     source = _as_rows("packed", packed)
     width = packed.shape[-1] // 2
     out = packed.new_empty((*packed.shape[:-1], width))
     if source.shape[0]:
-        grid, meta = _grid(source.shape[0], width)
+        grid, meta = _grid(source.shape[0], width, _ROWS)
         with on_device(packed):
-            _forward_kernel[grid](source, out, source.shape[0], source.stride(0), **meta)
+            _forward_kernel[grid](source, out, source.shape[0], source.stride(0), ROWS=_ROWS, **meta)
     return out
 
 
 @_forward_op.register_fake
-def _(packed: Tensor) -> Tensor:
+def _(packed: Tensor, bias: Tensor | None) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
 @torch.library.custom_op("fastasync::swiglu_backward", mutates_args=())
-def _backward_op(dout: Tensor, packed: Tensor) -> Tensor:
+def _backward_op(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """dpacked, and its sum over the rows in float32 (empty unless asked for)."""
     source = _as_rows("packed", packed)
     gradient = dout.reshape(-1, dout.shape[-1]) if dout.numel() else dout.reshape(0, dout.shape[-1])
     if gradient.stride(1) != 1:  # a broadcast gradient, say: nobody chose its layout
         gradient = gradient.contiguous()
     dpacked = packed.new_empty(packed.shape)
-    if source.shape[0]:
-        grid, meta = _grid(source.shape[0], packed.shape[-1] // 2)
+    rows, width = source.shape[0], packed.shape[-1]
+    chunk = _CHUNK if with_bias else _ROWS
+    partial = packed.new_empty((triton.cdiv(rows, chunk) if with_bias else 0, width), dtype=torch.float32)
+    if rows:
+        grid, meta = _grid(rows, width // 2, chunk)
         with on_device(packed):
             _backward_kernel[grid](
-                source, gradient, dpacked, source.shape[0], source.stride(0), gradient.stride(0), **meta
-            )
-    return dpacked
+                source, gradient, dpacked, partial, rows, source.stride(0), gradient.stride(0),
+                BIAS=with_bias, CHUNK=chunk, ROWS=_BIAS_ROWS if with_bias else _ROWS, STAGES=_STAGES, **meta,
+            )  # fmt: skip
+    return dpacked, partial.sum(0) if with_bias else partial
 
 
 @_backward_op.register_fake
-def _(dout: Tensor, packed: Tensor) -> Tensor:
-    return packed.new_empty(packed.shape)
+def _(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    shape = packed.shape[-1:] if with_bias else (0, packed.shape[-1])
+    return packed.new_empty(packed.shape), packed.new_empty(shape, dtype=torch.float32)
 
 
 def _setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[0])
+    packed, bias = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(packed)
 
 
-def _backward(ctx, dout: Tensor) -> Tensor:
-    return _backward_op(dout, *ctx.saved_tensors)
+def _backward(ctx, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+    dpacked, dbias = _backward_op(dout, *ctx.saved_tensors, ctx.bias_dtype is not None)
+    return dpacked, None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup)
 
 
-def swiglu(packed: Tensor) -> Tensor:
+def swiglu(packed: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """``silu(a) * b`` with [a, b] the two halves of the last axis: [..., 2 F] -> [..., F], contiguous.
 
     The last axis must be contiguous and the leading ones must merge into rows at one stride (any contiguous tensor, or
     columns cut out of a wider one).  TypeError for a dtype, ValueError for a shape, stride or device.
+
+    bias: [2 F], float32 or packed's dtype.  Its gradient is returned, the sum of packed's over all rows; its values are
+    not read: pass it when the linear that made packed used ``bias.detach()``.
     """
-    return _forward_op(packed)
+    return _forward_op(packed, bias)
 
 
 def _offline() -> list[OfflineCase]:
@@ -149,9 +190,11 @@ def _offline() -> list[OfflineCase]:
     for kind in ("*bf16", "*fp32"):
         signature = {"packed_ptr": kind, "out_ptr": kind, "rows": "i32", "packed_row": "i32"}
         cases.append(OfflineCase(_forward_kernel, signature, meta, 4, ("packed_row",)))
-        signature = {"packed_ptr": kind, "dout_ptr": kind, "dpacked_ptr": kind}
+        signature = {"packed_ptr": kind, "dout_ptr": kind, "dpacked_ptr": kind, "partial_ptr": "*fp32"}
         signature |= {"rows": "i32", "packed_row": "i32", "dout_row": "i32"}
-        cases.append(OfflineCase(_backward_kernel, signature, meta, 4, ("packed_row", "dout_row")))
+        for bias, chunk, count in ((False, 4, 4), (True, _CHUNK, 2)):
+            options = meta | {"BIAS": bias, "CHUNK": chunk, "ROWS": count, "STAGES": _STAGES}
+            cases.append(OfflineCase(_backward_kernel, signature, options, 4, ("packed_row", "dout_row")))
     return cases
 
 

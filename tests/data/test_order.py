@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastasync.data import batch_indices, draw_flips, epoch_order
+from fastasync.data import batch_indices, draw_flips, epoch_order, flips_by_step
 from fastasync.errors import UserError
 
 
@@ -61,3 +61,10 @@ def test_flips_are_fair_and_independent_of_the_batch_split():
     assert torch.equal(torch.cat([draw_flips(3, 7, part) for part in samples.split(777)]), flips)
     assert abs(float(flips.float().mean()) - 0.5) < 4 * 0.5 / 20000**0.5
     assert not torch.equal(flips, draw_flips(3, 8, samples))
+
+
+def test_flips_of_many_steps_at_once_are_those_of_each():
+    samples = torch.tensor([0, 5, 3, 255])
+    at = flips_by_step(3, samples, block=8)
+    for step in (0, 1, 9, 7, 2**33 + 5):
+        assert torch.equal(at(step), draw_flips(3, step, samples))

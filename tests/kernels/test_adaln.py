@@ -10,6 +10,7 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 SHAPES = [(2, 17, 72), (1, 1, 96), (3, 40, 100), (1, 34, 1152), (2, 3, 2)]  # batch, tokens, width
 GATED = ("x", "y", "gate", "weight", "shift", "scale")
 PLAIN = ("x", "weight", "shift", "scale")
+BIASED = (*GATED, "bias")
 
 
 def draw(shape, dtype=torch.float32, seed=0):
@@ -23,7 +24,13 @@ def draw(shape, dtype=torch.float32, seed=0):
     arguments = {"x": normal(*shape), "y": normal(*shape)}
     arguments |= {name: normal(batch, width) for name in ("gate", "shift", "scale")}
     arguments["weight"] = (0.5 + torch.rand(width, generator=generator)).to(DEVICE)
+    arguments["bias"] = torch.linspace(-3.0, 3.0, width).to(DEVICE)
     return arguments, [normal(*shape), normal(*shape)]
+
+
+def biased(function):
+    """The function of the arguments BIASED, all by position."""
+    return lambda *arguments: function(*arguments[:-1], bias=arguments[-1])
 
 
 def run(function, names, arguments, upstream, dtype=None):
@@ -47,6 +54,26 @@ def test_outputs_and_gradients_no_worse_than_twice_the_reference(shape, dtype, n
         no_worse(ours, run(theirs, names, arguments, upstream), truth, results)
 
 
+@pytest.mark.parametrize("bias_like_x", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_of_a_bias_is_the_sum_of_dy_and_nothing_else_changes(shape, dtype, bias_like_x, no_worse):
+    arguments, upstream = draw(shape, dtype, seed=9)
+    if bias_like_x:
+        arguments["bias"] = arguments["bias"].to(dtype)
+    theirs = biased(reference.gated_rmsnorm_modulate)
+    truth = run(theirs, BIASED, arguments, upstream, torch.float64)
+    torch.testing.assert_close(truth[-1], truth[3].sum((0, 1)))
+    ours = run(biased(gated_rmsnorm_modulate), BIASED, arguments, upstream)
+    no_worse(ours, run(theirs, BIASED, arguments, upstream), truth, ["x'", "h"] + [f"d{name}" for name in BIASED])
+    for function in (gated_rmsnorm_modulate, reference.gated_rmsnorm_modulate):
+        with_bias = run(biased(function), BIASED, arguments, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(with_bias[:2], run(function, GATED, arguments, upstream)))
+    arguments["bias"] = torch.full_like(arguments["bias"], float("nan"))  # not read
+    repeated = run(biased(gated_rmsnorm_modulate), BIASED, arguments, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(repeated, ours, strict=True))
+
+
 def test_weight_may_have_the_dtype_of_x(no_worse):
     arguments, upstream = draw((2, 9, 96), torch.float16)
     arguments["weight"] = arguments["weight"].half()
@@ -64,6 +91,9 @@ def test_empty_batch_and_no_tokens(shape):
     ):
         assert all(not t.any() for t in ours)
     assert run(rmsnorm_modulate, PLAIN, arguments, upstream)[2].shape == (96,)
+    dbias = run(biased(gated_rmsnorm_modulate), BIASED, arguments, upstream)[-1]
+    assert dbias.shape == (96,)
+    assert not dbias.any()
 
 
 def test_strided_inputs_equal_contiguous_ones():
@@ -102,9 +132,9 @@ def test_residual_or_modulated_output_alone():
 
 def test_the_split_into_programs_changes_only_the_order_of_sums(monkeypatch):
     arguments, upstream = draw((2, 40, 72), seed=4)
-    whole = run(gated_rmsnorm_modulate, GATED, arguments, upstream)
+    whole = run(biased(gated_rmsnorm_modulate), BIASED, arguments, upstream)
     monkeypatch.setattr(adaln, "_CHUNK", 8)
-    split = run(gated_rmsnorm_modulate, GATED, arguments, upstream)
+    split = run(biased(gated_rmsnorm_modulate), BIASED, arguments, upstream)
     for index, (a, b) in enumerate(zip(whole, split)):
         if index < 4:  # x', h, dx, dy
             assert torch.equal(a, b)
@@ -131,13 +161,33 @@ def test_compiled_whole_equals_eager():
         assert torch.equal(a, b)
 
 
+def test_bias_of_a_linear_before_it_compiled_and_eager():
+    arguments, upstream = draw((2, 9, 96), seed=10)
+    matrix = torch.randn(96, 96, generator=torch.Generator().manual_seed(11)).to(DEVICE) / 10
+
+    def split(x, y, *rest):
+        y = torch.nn.functional.linear(y, matrix, rest[-1].detach())
+        return biased(gated_rmsnorm_modulate)(x, y, *rest)
+
+    def whole(x, y, *rest):
+        return reference.gated_rmsnorm_modulate(x, torch.nn.functional.linear(y, matrix, rest[-1]), *rest[:-1])
+
+    expected = run(split, BIASED, arguments, upstream)
+    for a, b in zip(expected, run(whole, BIASED, arguments, upstream)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+    got = run(compiled, BIASED, arguments, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductor_equals_eager(dtype):
+@pytest.mark.parametrize("names", [GATED, BIASED])
+def test_inductor_equals_eager(dtype, names):
     arguments, upstream = draw((4, 256, 1152), dtype, seed=7)
-    compiled = torch.compile(gated_rmsnorm_modulate, fullgraph=True)
-    expected = run(gated_rmsnorm_modulate, GATED, arguments, upstream)
-    for a, b in zip(run(compiled, GATED, arguments, upstream), expected):
+    function = biased(gated_rmsnorm_modulate) if names == BIASED else gated_rmsnorm_modulate
+    expected = run(function, names, arguments, upstream)
+    for a, b in zip(run(torch.compile(function, fullgraph=True), names, arguments, upstream), expected):
         assert torch.equal(a, b)
 
 
@@ -147,8 +197,10 @@ def test_registration_of_the_operators():
     leaves = [value.clone().requires_grad_() for value in values]
     x, y, gate, weight, _, scale = values
     ops = torch.ops.fastasync
-    torch.library.opcheck(ops.gated_rmsnorm_modulate, (*leaves, 1e-6))
-    torch.library.opcheck(ops.gated_rmsnorm_modulate_backward, (dresidual, dout, x, y, gate, weight, scale, 1e-6))
+    saved = (dresidual, dout, x, y, gate, weight, scale, 1e-6)
+    for bias in (None, arguments["bias"].requires_grad_()):
+        torch.library.opcheck(ops.gated_rmsnorm_modulate, (*leaves, 1e-6, bias))
+        torch.library.opcheck(ops.gated_rmsnorm_modulate_backward, (*saved, None if bias is None else bias.dtype))
     torch.library.opcheck(ops.rmsnorm_modulate, (leaves[0], *leaves[3:], 1e-6))
     torch.library.opcheck(ops.rmsnorm_modulate_backward, (dout, x, weight, scale, 1e-6))
 
@@ -166,13 +218,15 @@ def test_registration_of_the_operators():
         ("scale", lambda t: t.t().contiguous().t(), ValueError, "scale has stride 2"),
         ("weight", lambda t: t.half(), TypeError, "weight must be torch.float32"),
         ("weight", lambda t: t[:-1], ValueError, "weight must have shape"),
+        ("bias", lambda t: t.half(), TypeError, "bias must be torch.float32"),
+        ("bias", lambda t: t[:-1], ValueError, "bias must have shape"),
     ],
 )
 def test_refusals(name, change, error, words):
     arguments, _ = draw((2, 3, 8))
     arguments[name] = change(arguments[name])
     with pytest.raises(error, match=words):
-        gated_rmsnorm_modulate(*(arguments[name] for name in GATED))
+        biased(gated_rmsnorm_modulate)(*(arguments[name] for name in BIASED))
     if name in PLAIN:
         with pytest.raises(error, match=words):
             rmsnorm_modulate(*(arguments[name] for name in PLAIN))

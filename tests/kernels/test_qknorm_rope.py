@@ -27,11 +27,14 @@ def draw(shape, dtype=torch.float32, seed=0):
     return [qkv, *weights, angle.cos().to(DEVICE), angle.sin().to(DEVICE)], heads, upstream
 
 
-def run(function, arguments, heads, upstream, dtype=None, **options):
-    """q, k, v and the gradients of qkv and of both weights."""
+def run(function, arguments, heads, upstream, dtype=None, bias=None, **options):
+    """q, k, v and the gradients of qkv, of both weights and of the bias if there is one."""
     tables = [t.to(dtype or t.dtype) for t in arguments[3:]]
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in arguments[:3]]
+    if bias is not None:
+        options["bias"] = bias.detach().to(dtype or bias.dtype).requires_grad_()
     out = function(*leaves, *tables, heads, **options)
+    leaves += [options["bias"]] if bias is not None else []
     grads = torch.autograd.grad(out, leaves, [g.to(out[0].dtype) for g in upstream])
     return [t.detach() for t in (*out, *grads)]
 
@@ -59,6 +62,25 @@ def test_each_part_of_the_packed_gradient(dtype, no_worse):
     assert torch.equal(results[0][3].chunk(3, dim=-1)[2], upstream[2].transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("bias_like_qkv", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (35, 2, 2, 4)])
+def test_gradient_of_a_bias_is_the_sum_of_dqkv_and_nothing_else_changes(shape, dtype, bias_like_qkv, no_worse):
+    arguments, heads, upstream = draw(shape, dtype, seed=13)
+    bias = torch.linspace(-3.0, 3.0, arguments[0].shape[-1], dtype=dtype if bias_like_qkv else None).to(DEVICE)
+    truth = run(reference.qknorm_rope, arguments, heads, upstream, torch.float64, bias)
+    torch.testing.assert_close(truth[-1], truth[3].sum((0, 1)))
+    theirs = run(reference.qknorm_rope, arguments, heads, upstream, bias=bias)
+    ours = run(qknorm_rope, arguments, heads, upstream, bias=bias)
+    no_worse(ours, theirs, truth, ["q", "k", "v", "dqkv", "dq_weight", "dk_weight", "dbias"])
+    no_worse(*[result[-1].chunk(3) for result in (ours, theirs, truth)], ["dq_bias", "dk_bias", "dv_bias"])
+    for function, with_bias in ((qknorm_rope, ours), (reference.qknorm_rope, theirs)):
+        assert all(torch.equal(a, b) for a, b in zip(with_bias[:3], run(function, arguments, heads, upstream)))
+    # not read
+    repeated = run(qknorm_rope, arguments, heads, upstream, bias=torch.full_like(bias, float("nan")))
+    assert all(torch.equal(a, b) for a, b in zip(repeated, ours, strict=True))
+
+
 def test_weights_may_have_the_dtype_of_qkv(no_worse):
     arguments, heads, upstream = draw((2, 3, 2, 72), torch.float16, seed=2)
     arguments[1:3] = [weight.half() for weight in arguments[1:3]]
@@ -71,11 +93,14 @@ def test_weights_may_have_the_dtype_of_qkv(no_worse):
 @pytest.mark.parametrize("shape", [(0, 3, 2, 72), (2, 0, 2, 72)])
 def test_empty_batch_and_no_tokens(shape):
     arguments, heads, upstream = draw(shape)
-    q, k, v, dqkv, dq_weight, dk_weight = run(qknorm_rope, arguments, heads, upstream)
+    bias = torch.ones(3 * 2 * 72, device=DEVICE)
+    q, k, v, dqkv, dq_weight, dk_weight, dbias = run(qknorm_rope, arguments, heads, upstream, bias=bias)
     assert q.shape == k.shape == v.shape == (shape[0], 2, shape[1], 72)
     assert dqkv.shape == arguments[0].shape
     assert not dq_weight.any()
     assert not dk_weight.any()
+    assert dbias.shape == bias.shape
+    assert not dbias.any()
 
 
 def test_memory_order_is_a_choice_and_v_is_a_view():
@@ -117,12 +142,15 @@ def test_one_output_alone(used):
 
 def test_the_split_into_programs_changes_only_the_order_of_sums(monkeypatch):
     arguments, heads, upstream = draw((5, 1, 2, 72), seed=7)
-    whole = run(qknorm_rope, arguments, heads, upstream)
+    biases = (None, torch.ones(3 * 2 * 72, device=DEVICE))
+    wholes = [run(qknorm_rope, arguments, heads, upstream, bias=bias) for bias in biases]
     monkeypatch.setattr(module, "_SAMPLES", 2)
-    split = run(qknorm_rope, arguments, heads, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(whole[:4], split[:4]))
-    for a, b in zip(whole[4:], split[4:]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(module, "_BIAS_SAMPLES", 2)
+    for whole, bias in zip(wholes, biases):
+        split = run(qknorm_rope, arguments, heads, upstream, bias=bias)
+        assert all(torch.equal(a, b) for a, b in zip(whole[:4], split[:4]))
+        for a, b in zip(whole[4:], split[4:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_bits_every_time():
@@ -147,6 +175,25 @@ def test_compiled_whole_equals_eager():
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_bias_of_a_linear_before_it_compiled_and_eager():
+    arguments, heads, upstream = draw((2, 3, 2, 8), seed=14)
+    generator = torch.Generator().manual_seed(15)
+    matrix, bias = (torch.randn(*size, generator=generator).to(DEVICE) for size in ((48, 48), (48,)))
+
+    def split(x, *rest, bias):
+        return qknorm_rope(torch.nn.functional.linear(x, matrix, bias.detach()), *rest, bias=bias)
+
+    def whole(x, *rest, bias):
+        return reference.qknorm_rope(torch.nn.functional.linear(x, matrix, bias), *rest)
+
+    expected = run(split, arguments, heads, upstream, bias=bias)
+    for a, b in zip(expected, run(whole, arguments, heads, upstream, bias=bias), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+    got = run(compiled, arguments, heads, upstream, bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_one_weight_for_q_and_k_gets_both_gradients_compiled_too():
     arguments, heads, upstream = draw((2, 2, 2, 8), seed=12)
     apart = run(qknorm_rope, arguments[:2] + arguments[1:2] + arguments[3:], heads, upstream)
@@ -163,17 +210,20 @@ def test_one_weight_for_q_and_k_gets_both_gradients_compiled_too():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductor_equals_eager(dtype):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_inductor_equals_eager(dtype, with_bias):
     arguments, heads, upstream = draw((4, 256, 16, 72), dtype, seed=10)
+    bias = torch.ones(3 * 16 * 72, device=DEVICE) if with_bias else None
     compiled = torch.compile(qknorm_rope, fullgraph=True)
-    expected = run(qknorm_rope, arguments, heads, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(run(compiled, arguments, heads, upstream), expected))
+    expected = run(qknorm_rope, arguments, heads, upstream, bias=bias)
+    assert all(torch.equal(a, b) for a, b in zip(run(compiled, arguments, heads, upstream, bias=bias), expected))
 
 
 def test_registration_of_the_operators():
     arguments, heads, upstream = draw((2, 2, 2, 4), seed=11)
     torch.library.opcheck(torch.ops.fastasync.qknorm_rope, (*arguments, heads, 1e-6, "bnhd"))
-    torch.library.opcheck(torch.ops.fastasync.qknorm_rope_backward, (*upstream, *arguments, heads, 1e-6))
+    for bias in (None, torch.float32):
+        torch.library.opcheck(torch.ops.fastasync.qknorm_rope_backward, (*upstream, *arguments, heads, 1e-6, bias))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +246,20 @@ def test_refusals(index, change, error, words):
     arguments[index] = change(arguments[index])
     with pytest.raises(error, match=words):
         qknorm_rope(*arguments, heads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t: t.half(), TypeError, "bias must be torch.float32"),
+        (lambda t: t[:-1], ValueError, "bias must have shape"),
+        (lambda t: t.to("meta"), ValueError, "bias is on meta, the other arguments on"),
+    ],
+)
+def test_refused_biases(change, error, words):
+    arguments, heads, _ = draw((1, 3, 2, 4))
+    with pytest.raises(error, match=words):
+        qknorm_rope(*arguments, heads, bias=change(torch.ones(24, device=DEVICE)))
 
 
 def test_unknown_layout_is_refused():

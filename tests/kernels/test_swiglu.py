@@ -94,8 +94,38 @@ def test_inductor_equals_eager(dtype):
 
 def test_registration_of_the_operators():
     packed, upstream = draw((3, 8), seed=6)
-    torch.library.opcheck(torch.ops.fastasync.swiglu, (packed.clone().requires_grad_(),))
-    torch.library.opcheck(torch.ops.fastasync.swiglu_backward, (upstream, packed))
+    bias = torch.zeros(8, device=packed.device)
+    for given in (None, bias.requires_grad_()):
+        torch.library.opcheck(torch.ops.fastasync.swiglu, (packed.clone().requires_grad_(), given))
+        torch.library.opcheck(torch.ops.fastasync.swiglu_backward, (upstream, packed, given is not None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(7, 10), (2, 150, 64), (3, 1, 2), (1, 2100), (0, 6)])
+def test_gradient_of_the_bias(shape, dtype):
+    packed, upstream = draw(shape, dtype, seed=7)
+    bias = torch.full(shape[-1:], torch.nan, device=packed.device, requires_grad=True)  # its values are not read
+    out = swiglu(packed.requires_grad_(), bias=bias)
+    assert torch.equal(out, swiglu(packed))
+    found = torch.autograd.grad(out, (packed, bias), upstream)
+    assert torch.equal(found[0], torch.autograd.grad(swiglu(packed), packed, upstream)[0])
+    wide = packed.detach().double().requires_grad_()
+    (rows,) = torch.autograd.grad(reference.swiglu(wide), wide, upstream.double())
+    exact = rows.reshape(-1, shape[-1]).sum(0)
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1].double(), exact, rtol=2e-6, atol=2e-6 * float(1 + exact.abs().max()))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t, b: swiglu(t, bias=b), backend="aot_eager", fullgraph=True)
+    again = torch.autograd.grad(compiled(packed, bias), (packed, bias), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+
+
+def test_bias_of_another_shape_or_dtype_is_refused():
+    packed, _ = draw((2, 8), seed=8)
+    with pytest.raises(ValueError, match="bias"):
+        swiglu(packed, bias=torch.zeros(4, device=packed.device))
+    with pytest.raises(TypeError, match="bias"):
+        swiglu(packed, bias=torch.zeros(8, dtype=torch.float64, device=packed.device))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +135,7 @@ def test_registration_of_the_operators():
         (torch.zeros(2, 3), ValueError, r"packed must be \[..., 2 F\], not \[2, 3\]"),
         (torch.zeros(2, 0), ValueError, r"packed must be \[..., 2 F\]"),
         (torch.zeros(4, 6).t(), ValueError, "cannot be read as rows"),
-        (torch.zeros(2, 5, 8)[:, 1:], ValueError, "cannot be read as rows"),
+        (torch.zeros(2, 5, 8, device=DEVICE)[:, 1:], ValueError, "cannot be read as rows"),
         (torch.zeros(2, 8, 5).transpose(1, 2), ValueError, "cannot be read as rows"),
     ],
 )

@@ -252,21 +252,24 @@ def test_autocast_keeps_the_output_float32_and_close(build, batch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_the_fused_operations_are_given(build, batch, autocast):
     """Kernels refuse to cast or copy: one dtype, features side by side, per-sample vectors with unit stride."""
-    calls = []
+    calls, biased = [], []
 
     def recorded(name):
-        def call(*arguments):
+        def call(*arguments, **options):
             calls.append((name, arguments))
-            return getattr(reference, name)(*arguments)
+            biased.append(options.get("bias") is not None)
+            return getattr(reference, name)(*arguments, **options)
 
         return call
 
     model = build(2, patch=2)
-    model._ops = Ops(*(recorded(name) for name in Ops._fields[:-1]), attention="sdpa")
+    model._ops = Ops(*(recorded(name) for name in Ops._fields[:-2]), sum_bias=True, attention="sdpa")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(*batch(model))
     assert [name for name, _ in calls[:4]] == ["rmsnorm_modulate", "qknorm_rope", "gated_rmsnorm_modulate", "swiglu"]
     assert len(calls) == 4 * model.depth + 1
+    # qkv's, proj's and w12's biases; w3's result is read outside its block too, so w3 keeps its own
+    assert sum(biased) == 3 * model.depth
     for name, arguments in calls:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         fixed = [tensor for tensor in tensors if tensor.dtype == torch.float32] if autocast else []
