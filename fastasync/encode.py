@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastasync.data.images import ImageSet
 from fastasync.data.shards import (
     DTYPES,
+    ENCODING,
     FEATURES_DTYPE,
     INDEX,
     Encoding,
@@ -93,7 +94,7 @@ def encode(
 
     Raises UserError, before any image is read where that is possible: bad arguments, more ranks than shards, a folder
     of another encoding, no permission, not enough disk; later: an image that cannot be decoded, latents that are not
-    finite, a channel that never varies, a full disk.  Finished shards are kept.
+    finite, a channel that never varies, a full disk.  Finished shards are kept; where there are none, nothing is.
     """
     out, device = Path(out_dir), torch.device(device)
     encoding = _encoding(source, bundle, shard_size, flip, dtype, features)
@@ -105,9 +106,9 @@ def encode(
         smaller = f", or --shard-size of at most {encoding.count // world}" if encoding.count >= world else ""
         what = f"more ranks than the {encoding.shards} shards"
         raise UserError("world size", f"{world}: {what}", f"use at most {encoding.shards} ranks{smaller}")
-    begin(out, encoding)
     mine = range(rank, encoding.shards, world)
-    with _only_process(out, mine):
+    with _begun(out, encoding), _only_process(out, mine):
+        begin(out, encoding)  # again: a rank that was refused meanwhile may have withdrawn it
         _remove_partials(out, encoding, mine, alone=world == 1)
         wanted = [shard for shard in mine if not is_finished(out, encoding, shard)]
         _check_space(out, encoding)
@@ -122,6 +123,35 @@ def encode(
         ) as bar:
             _make(source, bundle, out, encoding, wanted, batch, features, device, backend, workers, bar)
         return EncodeReport(len(wanted), len(mine) - len(wanted), finish(out, encoding), encoding.left_out)
+
+
+@contextmanager
+def _begun(out: Path, encoding: Encoding) -> Iterator[None]:
+    """Begin the folder, or continue it.  Who began it, and fails before any shard is there, leaves no trace of it."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    begun_before = (out / ENCODING).exists()
+    try:
+        begin(out, encoding)
+        yield
+    except BaseException:
+        if not begun_before:
+            with suppress(OSError):  # another rank works there
+                _withdraw(out, there)
+        raise
+
+
+def _withdraw(out: Path, there: Path) -> None:
+    """Remove a folder in which nothing was made, up to its parent ``there``.  OSError when another rank works in it."""
+    if any(out.glob("*shard-*")):
+        return
+    with open(out / ".lock", "a") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # all shards'
+        (out / ENCODING).unlink(missing_ok=True)
+        (out / ".lock").unlink()
+    for folder in (out, *out.absolute().parents):
+        if folder.absolute() == there.absolute():
+            break
+        folder.rmdir()
 
 
 @contextmanager

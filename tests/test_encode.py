@@ -241,6 +241,7 @@ def test_arguments_are_refused_before_any_work(tmp_path, images, bundle, monkeyp
     monkeypatch.setattr(encode_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"8.*e-05 GB to write, 1e-06 GB free: free some, .*--dtype float16"):
         make(images, bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_encoder_images_or_dtype_in_the_same_folder(tmp_path, images, bundle):
@@ -269,6 +270,60 @@ def test_another_encoder_images_or_dtype_in_the_same_folder(tmp_path, images, bu
     assert contents(tmp_path / "out") == expected
     with pytest.raises(UserError, match="made by another brightness encoder"):
         ShardLatents(tmp_path / "out", bundle=Bundle(changed))
+
+
+def test_a_refused_call_leaves_nothing(tmp_path, images, bundle):
+    """Bad input that only the first images show: no folder, no parent of it; what was there before stays."""
+    pixels = images.images.clone()
+    pixels[0, 0, 0, 0] = 7
+    source = ImageSet(pixels, images.labels, 4, images.class_names, "noise")
+    broken = Bundle([build("texture", (3, 8, 8), 4), Broken((3, 8, 8), 4)])
+    for options in (dict(), dict(world=2)):
+        with pytest.raises(UserError, match="not finite"):
+            make(source, broken, tmp_path / "new" / "deep" / "out", **options)
+        assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="not finite"):
+        make(source, broken, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"holds thesis.tex"):
+        make(images, bundle, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    make(images, bundle, tmp_path / "out", rank=1, world=2)
+    begun = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="asked for"):
+        make(source, broken, tmp_path / "out")
+    assert contents(tmp_path / "out") == begun
+
+
+def test_a_refused_rank_does_not_take_the_folder_from_another(tmp_path, images, bundle):
+    """Rank 1 began it, rank 0 joins, rank 1 fails; rank 0 ends, and rank 1 can come again."""
+    out, (ready, go) = tmp_path / "out", (os.pipe(), os.pipe())
+    encode_batch = Bundle.encode
+
+    def wait(self, pixels):
+        Bundle.encode = encode_batch
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        return encode_batch(self, pixels)
+
+    class Unwilling(Bundle):
+        def encode(self, pixels):
+            children.append(os.fork())
+            if not children[0]:
+                Bundle.encode = wait
+                make(images, bundle, out, rank=0, world=2)
+                os._exit(0)
+            os.read(ready[0], 1)
+            raise UserError("images", None, "not understood")
+
+    children: list[int] = []
+    with pytest.raises(UserError, match="not understood"):
+        make(images, Unwilling(bundle.representations), out, rank=1, world=2)
+    os.write(go[1], b"x")
+    assert os.waitpid(children[0], 0)[1] == 0
+    assert make(images, bundle, out, rank=1, world=2) == (3, 0, 0, 0)
 
 
 class Broken(Representation):
@@ -398,6 +453,9 @@ def test_options_that_are_not_understood(tree, tmp_path, command):
         (("--option", "lowfreq"), "--option: lowfreq: must be NAME.KEY=VALUE"),
         (("--option", "lowfrq.size=2"), "'lowfrq': did you mean 'lowfreq'"),
         (("--option", "lowfreq.sise=2"), "'sise': did you mean 'size'"),
+        (("--backend", "dalli"), "image loader: 'dalli': did you mean 'dali'"),
+        (("--workers", "0"), "workers: 0: must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
             command("encode", tree, "--out", tmp_path / "out", *SMALL, *names, *words)
+        assert not (tmp_path / "out").exists(), words
