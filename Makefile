@@ -7,7 +7,7 @@ PRESET ?= cifar10
 QUESTIONS ?= 1,2,3,4,5,6,7
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu bench plots profile science lint format cifar10 clean
+.PHONY: help venv demo test test-gpu bench plots profile science lint format cifar10 jpeg-run clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-zA-Z0-9_-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ cifar10: $(VENV)/.installed ## fetch CIFAR-10 and the Inception weights, run pre
 	$(BIN)/fastasync fetch cifar10
 	$(BIN)/fastasync fetch inception
 	$(BIN)/fastasync run --preset cifar10 --out $(OUT)/cifar10
+
+jpeg-run: $(VENV)/.installed-dev ## CIFAR-10 as JPEGs -> encode -> probe -> DeepSpeed -> FID; ARGS='--size gpu --record'
+	$(BIN)/python -m bench.jpeg_run $(ARGS)
 
 clean: ## remove build products and caches (runs and data stay)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -103,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("results", nargs="?", type=Path, help="a results file (default: the GPU's newest)")
     top.add_argument("--out", type=Path, default=ROOT / "docs" / "bench")
     chosen = top.parse_args(argv)
-    files = sorted((p for p in RESULTS.glob("*.csv") if p.stem != "cpu"), key=lambda p: p.stat().st_mtime)
+    files = sorted(
+        (p for p in RESULTS.glob("*.csv") if p.stem != "cpu" and "jpeg_run" not in p.stem),
+        key=lambda p: p.stat().st_mtime,
+    )
     source = chosen.results or (files[-1] if files else None)
     if source is None or not source.is_file():
         print(f"plots: error: no results of a GPU in {RESULTS}: run make bench on one, or name a file", file=sys.stderr)

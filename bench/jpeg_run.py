@@ -1,0 +1,414 @@
+"""``python -m bench.jpeg_run``: from a folder of JPEGs to scored samples, with the commands of the README.
+
+CIFAR-10 at 64x64 as an ImageFolder of JPEGs -> check-images -> train-semvae -> encode -> check-latents -> probe ->
+deepspeed train.py -> sample -> evaluate -> report.  The two networks whose published weights are in no registry are
+trained on the same images (bench/jpeg_networks.py).  Every stage is skipped once it is done; stopped anywhere, the same
+command continues.  The last lines are a table; --record appends it to bench/results and replaces docs/jpeg-run.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bench.harness import ROOT, commit, device_name
+from bench.jpeg_networks import (
+    Fit,
+    PatchClassifier,
+    Pictures,
+    autoencoder_loss,
+    classifier_loss,
+    fit,
+    load_pictures,
+    make_autoencoder,
+    psnr,
+)
+from bench.jpeg_table import draw_picture, record, table
+from fastasync.cli import main as command_line
+from fastasync.data import ImageSet, load_images
+from fastasync.errors import UserError
+from fastasync.evaluation import (
+    ClassifierFeatures,
+    FeatureExtractor,
+    InceptionFeatures,
+    evaluate,
+    figures_from,
+    load_figures,
+    save_figures,
+)
+from fastasync.files import save_tensors, sha256_file, write_json
+from fastasync.representations import build
+from fastasync.representations.base import Representation
+from fastasync.representations.classifier import Classifier, ClassifierSettings, train_classifier
+
+SIDE, GRID, CHANNELS = 64, 8, 16  # of the images, of the token grid, of each latent
+QUALITY, SHARDS = 95, 8
+NEEDS = {"diffusers": "imagenet", "timm": "imagenet", "torchvision": "imagenet", "deepspeed": "deepspeed"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.  ``vae``, ``vit``, ``semvae`` and ``dit`` end with their steps and batch."""
+
+    images: int
+    held_out: int  # test images: what the stand-ins are measured on, and the floor of the figures
+    reference: int  # training images that samples are compared with
+    samples: int
+    nfe: int  # network evaluations of a sample (Heun)
+    ranks: int
+    precision: str  # of what is trained: bf16 autocast or float32
+    ema: float
+    budget: float  # of the probe
+    vae: tuple[tuple[int, ...], int, int, int]  # widths, layers
+    vit: tuple[str, int, int]  # timm's name
+    semvae: tuple[int, int, int, int]  # width, depth
+    dit: tuple[int, int, int, int, int]  # depth, width, heads
+
+
+# fmt: off
+_VIT = "vit_tiny_patch16_224"
+SIZES = {
+    "tiny": Sizes(60, 20, 40, 20, 2, 2, "float32", ema=0.5, budget=1.0, vae=((32, 32, 32, 32), 1, 2, 4),
+                  vit=("test_vit", 2, 8), semvae=(16, 1, 4, 8), dit=(1, 32, 2, 4, 8)),
+    "cpu": Sizes(4000, 1000, 2000, 1000, 18, 2, "bfloat16", ema=0.99, budget=0.05,
+                 vae=((32, 64, 64, 64), 1, 1200, 16), vit=(_VIT, 600, 32),
+                 semvae=(128, 2, 400, 32), dit=(6, 192, 6, 800, 64)),
+    "gpu": Sizes(50000, 5000, 50000, 10000, 50, 1, "bfloat16", ema=0.999, budget=0.01,
+                 vae=((64, 128, 256, 256), 2, 8000, 128), vit=(_VIT, 6000, 256),
+                 semvae=(256, 4, 4000, 256), dit=(12, 384, 6, 20000, 256)),
+}
+# fmt: on
+
+
+class Work:
+    """The folder of one run: its settings, and what each finished stage took and gave (``stages.json``)."""
+
+    def __init__(self, out: Path, size: str, data: str, inception: str, device: torch.device):
+        self.out, self.size, self.sizes, self.device = out, size, SIZES[size], device
+        self.data, self.inception = data, inception
+        self.images, self.held_out = out / "images", out / "held-out"
+        self.vae, self.vit, self.semvae = (
+            out / "autoencoder.safetensors", out / "vit.safetensors", out / "semvae" / "semvae.safetensors"
+        )  # fmt: skip
+        self.latents, self.run, self.reference = out / "latents", out / "run", out / "reference.npz"
+        self.record: dict[str, Any] = {"sizes": json.loads(json.dumps(asdict(self.sizes))), "stages": {}}
+        if (out / "stages.json").is_file():
+            found = json.loads((out / "stages.json").read_text())
+            if found["sizes"] != self.record["sizes"]:
+                raise UserError("--out", out, f"holds a run of other sizes than {size}: choose another folder")
+            self.record = found
+
+    def stage(self, name: str, make: Callable[[], str]) -> None:
+        """Do a stage unless it is done; ``make`` returns what it gave, in words.  Its seconds add up over attempts."""
+        entry = self.record["stages"].setdefault(name, {"seconds": 0.0, "attempts": 0, "figure": None})
+        if entry["figure"] is None:
+            print(f"=== {name}", flush=True)
+            start, before = time.perf_counter(), entry["seconds"]
+            entry["attempts"] += 1
+            figure = None
+            try:
+                figure = make()
+            finally:
+                date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+                entry |= {"seconds": before + time.perf_counter() - start, "date": date, "commit": commit()}
+                entry["figure"] = figure
+                write_json(self.out / "stages.json", self.record)
+        print(f"{name}: {entry['seconds']:.1f} s: {entry['figure']}", flush=True)
+
+    # --- what several stages use --------------------------------------------------------------------------------------
+
+    @cached_property
+    def train_pictures(self) -> Pictures:
+        return load_pictures(self.images, SIDE, self.device)
+
+    @cached_property
+    def test_pictures(self) -> Pictures:
+        return load_pictures(self.held_out, SIDE, self.device)
+
+    @cached_property
+    def autoencoder(self) -> Representation:
+        return build("autoencoder", (3, SIDE, SIDE), GRID, weights=str(self.vae)).to(self.device)
+
+    @cached_property
+    def extractor(self) -> FeatureExtractor:
+        """Inception where its weights and torch-fidelity are there, else a classifier of the same images."""
+        try:
+            return InceptionFeatures(self.inception, self.device)
+        except UserError as error:
+            print(f"{error}; scored with a classifier of these images instead: no figure to compare with others")
+        file, (pictures, tiny) = self.out / "classifier.safetensors", (self.train_pictures, self.size == "tiny")
+        settings = ClassifierSettings((16, 32, 64, 128), steps=2 if tiny else 400, shift=4)
+        if not file.exists():
+            made = train_classifier(
+                pictures.images, pictures.labels, 10, GRID, settings, 1000, mirror=True, device=self.device
+            )
+            save_tensors(file, made.state_dict())
+        model = Classifier((3, SIDE, SIDE), 10, settings.widths, GRID)
+        model.load_state_dict(load_file(file))
+        return ClassifierFeatures(model.requires_grad_(False), "jpeg-run-classifier", self.device)
+
+    def samples(self) -> Path:
+        """The folder that `fastasync sample` wrote."""
+        return next(self.run.glob("samples/*/samples.npz")).parent
+
+
+def fastasync(*words: object) -> None:
+    """A command of the command line, printed as it would be typed.  UserError when it fails (it has said why)."""
+    line = [str(word) for word in words]
+    print(f"$ fastasync {shlex.join(line)}", flush=True)
+    if code := command_line(line):
+        raise UserError(f"fastasync {line[0]}", f"ended with {code}", "see above; the same command continues here")
+
+
+# --- the stages, in order ---------------------------------------------------------------------------------------------
+
+
+def jpegs(work: Work) -> str:
+    """The first images of each class as JPEGs, upscaled by bicubic interpolation."""
+    total, counts = 0, (work.sizes.images, work.sizes.held_out)
+    for split, folder, count in zip(("train", "test"), (work.images, work.held_out), counts):
+        found: ImageSet = load_images("cifar10", work.data, split)
+        for label, name in enumerate(found.class_names):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for index in (found.labels == label).nonzero().flatten()[: count // found.classes].tolist():
+                picture = Image.fromarray(found.images[index].permute(1, 2, 0).numpy())
+                path = folder / name / f"{index:05d}.jpg"
+                picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path, quality=QUALITY)
+                total += path.stat().st_size
+    return f"{counts[0]:,} + {counts[1]:,} JPEGs of {SIDE}x{SIDE}, quality {QUALITY}, {total / 1e6:.1f} MB"
+
+
+def check_images(work: Work) -> str:
+    fastasync("check-images", work.images, "--list", work.out / "bad.txt")
+    return "no bad file"
+
+
+def train_autoencoder(work: Work) -> str:
+    """A small AutoencoderKL, saved as diffusers names its weights; the representation reads that."""
+    widths, layers, steps, batch = work.sizes.vae
+    vae = make_autoencoder(widths, layers, CHANNELS).to(work.device)
+    plan = Fit(steps, batch, precision=work.sizes.precision)
+    images = work.train_pictures.images
+    fit(vae, autoencoder_loss(vae, images), len(images), plan, work.out / "autoencoder.pt", "autoencoder")
+    save_tensors(work.vae, vae.state_dict())
+    held_out = work.test_pictures.images
+    quality = psnr(work.autoencoder.decode(work.autoencoder.encode(held_out)), held_out)
+    size = sum(parameter.numel() for parameter in vae.parameters())
+    return f"{size / 1e6:.2f} M parameters, {steps:,} steps of {batch}; PSNR {quality:.2f} dB of held-out images"
+
+
+def train_vit(work: Work) -> str:
+    """The stand-in for DINOv2: a ViT trained from nothing to classify these images."""
+    name, steps, batch = work.sizes.vit
+    model = PatchClassifier(name, 10, GRID).to(work.device)
+    plan = Fit(steps, batch, 5e-4, 0.05, work.sizes.precision)
+    loss = classifier_loss(model, work.train_pictures)
+    fit(model, loss, len(work.train_pictures.images), plan, work.out / "vit.pt", "vit")
+    save_tensors(work.vit, model.vit.state_dict())
+    right = model.accuracy(work.test_pictures)
+    return f"{name}, {steps:,} steps of {batch}, with labels; accuracy {right:.1%} of held-out images"
+
+
+def train_semvae(work: Work) -> str:
+    width, depth, steps, batch = work.sizes.semvae
+    fastasync(
+        "train-semvae", "--data", work.images, "--out", work.semvae.parent, "--vit", work.sizes.vit[0],
+        "--vit-weights", work.vit, "--size", SIDE, "--grid", GRID, "--channels", CHANNELS, "--width", width,
+        "--depth", depth, "--heads", 4, "--steps", steps, "--batch", batch, "--learning-rate", 1e-3, "--warmup", 50,
+        "--held-out", work.sizes.images // 10, "--save-every", 200, "--device", work.device.type,
+    )  # fmt: skip
+    quality = json.loads(work.semvae.with_suffix(".json").read_text())["quality"]
+    cosine, latents, features = (quality[name] for name in ("held_out_cosine", "probe_latents", "probe_features"))
+    return f"cosine {cosine:.3f}; linear probe {latents:.1%} from latents, {features:.1%} from the ViT's mean token"
+
+
+def encode(work: Work) -> str:
+    fastasync(
+        "encode", work.images, "--out", work.latents, "--skip-bad", work.out / "bad.txt",
+        "--representations", "autoencoder,dino_semantic", "--option", f"autoencoder.weights={work.vae}",
+        "--option", f"dino_semantic.vit={work.sizes.vit[0]}", "--option", f"dino_semantic.vit_weights={work.vit}",
+        "--option", f"dino_semantic.semvae={work.semvae}", "--size", SIDE, "--grid", GRID,
+        "--shard-size", -(-work.sizes.images // SHARDS), "--batch", 125, "--device", work.device.type,
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in work.latents.glob("*.safetensors"))
+    return f"{SHARDS} shards, both views, {size / 1e6:.1f} MB"
+
+
+def check_latents(work: Work) -> str:
+    fastasync("check-latents", work.latents)
+    return "all as they were written"
+
+
+def settings(work: Work) -> list[str]:
+    """What differs from preset imagenet256-s."""
+    depth, width, heads, steps, batch = work.sizes.dit
+    inception = isinstance(work.extractor, InceptionFeatures)
+    chosen = {
+        "data.root": work.latents, "representations.channels": f"{CHANNELS},{CHANNELS}", "representations.grid": GRID,
+        "representations.decoder": work.vae, "model.size": "custom", "model.depth": depth, "model.width": width,
+        "model.heads": heads, "model.classes": 10, "model.repa_width": 0, "objective.repa_weight": 0,
+        "train.steps": steps, "train.batch": batch, "train.lr": 1e-3 if width < 384 else 4e-4,
+        "train.warmup": steps // 20, "train.ema": work.sizes.ema, "train.clip": 1, "train.compile": "off",
+        "train.engine": "deepspeed", "train.zero": 1, "train.device": work.device.type,
+        "train.precision": {"float32": "fp32", "bfloat16": "bf16"}[work.sizes.precision],
+        "train.checkpoint_every": max(steps // 6, 1),
+        "probe.depth": max(depth // 3, 1), "probe.width": width // 3 // 8 * 8, "probe.heads": 2,
+        "probe.batch": batch, "probe.lr": 1e-3, "probe.budget": work.sizes.budget,
+        "sample.count": work.sizes.samples, "sample.batch": min(work.sizes.samples, 250), "sample.integrator": "heun",
+        "sample.steps": work.sizes.nfe // 2, "evaluate.metrics": "fid",
+        "evaluate.features": "inception" if inception else "classifier", "evaluate.weights": work.inception,
+        "evaluate.reference": work.reference,
+    }  # fmt: skip
+    return [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+
+
+def probe(work: Work) -> str:
+    fastasync("probe", "--preset", "imagenet256-s", "--out", work.run, *settings(work))
+    from fastasync.probe import ProbeResult
+
+    found = ProbeResult.load(work.run / "probe")
+    assert found is not None
+    share = found.budget["spent_flops"] / found.budget["limit_flops"] * work.sizes.budget
+    return f"estimator B, lead {found.schedule.lead():.3f}, {share:.1%} of the run's FLOPs"
+
+
+def train(work: Work) -> str:
+    """`deepspeed train.py`: gloo ranks on a CPU, one process on a GPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = work.sizes.ranks if work.device.type == "cpu" else 1
+    words = ["--num_gpus", str(ranks), "--master_port", str(port), str(ROOT / "train.py"), "--out", str(work.run)]
+    print(f"$ deepspeed {shlex.join(words)}", flush=True)
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *words]
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        raise UserError("deepspeed train.py", f"ended with {code}", "see above; the same command continues here")
+    records = [json.loads(line) for line in (work.run / "metrics.jsonl").read_text().splitlines()]
+    last = records[-1]
+    return f"{last['step']:,} steps of {work.sizes.dit[-1]}, {ranks} rank(s), ZeRO 1; loss {last['loss']:.3f}"
+
+
+def reference(work: Work) -> str:
+    """Statistics of the reference; the distances of real images, and of these reconstructed, are the floor."""
+    chosen = torch.arange(work.sizes.reference) * work.sizes.images // work.sizes.reference  # the same of each class
+    statistics = work.extractor.extract(work.train_pictures.images[chosen.to(work.device)]).statistics()
+    statistics.save(work.reference)
+    real = work.test_pictures.images
+    made = work.autoencoder.decode(work.autoencoder.encode(real))
+    floor, decoder = (evaluate(images, statistics, work.extractor)["fid"] for images in (real, made))
+    return (
+        f"FID of {len(real):,} held-out images {floor:.2f}, reconstructed {decoder:.2f}, against {len(chosen):,} "
+        f"training images; {work.extractor.name}"
+    )
+
+
+def sample(work: Work) -> str:
+    fastasync("sample", "--out", work.run)
+    return f"{work.sizes.samples:,} samples, Heun, {work.sizes.nfe} evaluations"
+
+
+def score(work: Work) -> str:
+    """`fastasync evaluate`; with the classifier, which a folder of latents does not know, the same from Python."""
+    if isinstance(work.extractor, InceptionFeatures):
+        fastasync("evaluate", "--out", work.run)
+    else:
+        from fastasync.evaluation import GaussianStatistics
+
+        folder = work.samples()
+        with np.load(folder / "samples.npz") as arrays:
+            images = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2).contiguous()
+            evaluations = float(arrays["evaluations"].mean())
+        protocol = json.loads((folder / "protocol.json").read_text())
+        del protocol["steps"]
+        about = {"reference": work.reference.name, "reference_fingerprint": sha256_file(work.reference)}
+        result = evaluate(images, GaussianStatistics.load(work.reference), work.extractor)
+        figures = figures_from(result, {**protocol, **about, "function_evaluations": evaluations})
+        save_figures(work.run / "figures.json", figures)
+    return "; ".join(figure.describe() for figure in load_figures(work.run / "figures.json"))
+
+
+def report(work: Work) -> str:
+    fastasync("report", "--out", work.run)
+    with np.load(work.samples() / "samples.npz") as arrays:
+        samples, labels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(arrays["labels"])
+    real = work.test_pictures
+    made = real._replace(images=work.autoencoder.decode(work.autoencoder.encode(real.images)))
+    parts = {
+        "held-out": (real, 2),
+        "autoencoder": (made, 2),
+        "samples": (Pictures(samples, labels, real.class_names), 5),
+    }
+    draw_picture(parts, work.out / "jpeg-run.png")
+    return f"{work.run / 'report.html'} and {work.out / 'jpeg-run.png'}"
+
+
+STAGES: dict[str, Callable[[Work], str]] = {
+    "jpegs": jpegs, "check-images": check_images, "autoencoder": train_autoencoder, "vit": train_vit,
+    "train-semvae": train_semvae, "encode": encode, "check-latents": check_latents, "probe": probe, "train": train,
+    "reference": reference, "sample": sample, "evaluate": score, "report": report,
+}  # fmt: skip
+
+
+def check_packages() -> None:
+    """UserError that names the extras of all missing packages; a line for DALI, without which Pillow reads."""
+    missing = {name: extra for name, extra in NEEDS.items() if importlib.util.find_spec(name) is None}
+    if missing:
+        extras = ",".join(sorted(set(missing.values())))
+        raise UserError("packages", f"{', '.join(missing)} not installed", f"pip install 'fastasync[{extras}]'")
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        print("nvidia.dali not installed (extra dali): Pillow reads the images")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    top = argparse.ArgumentParser(prog="bench.jpeg_run", description=__doc__)
+    top.add_argument("--size", choices=SIZES, help="default: gpu where there is one, else cpu")
+    top.add_argument("--out", type=Path, help="folder of the run (default runs/jpeg-SIZE)")
+    top.add_argument("--data", default="data", help="folder of CIFAR-10 (default data)")
+    top.add_argument("--inception", default="weights/inception.pt", help="weights; without them a classifier scores")
+    top.add_argument("--record", action="store_true", help="append to bench/results, replace docs/jpeg-run.png")
+    chosen = top.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = chosen.size or ("gpu" if device.type == "cuda" else "cpu")
+    try:
+        check_packages()
+        out = chosen.out or Path("runs") / f"jpeg-{size}"
+        out.mkdir(parents=True, exist_ok=True)
+        work = Work(out, size, chosen.data, chosen.inception, device)
+        for name, make in STAGES.items():
+            work.stage(name, lambda make=make: make(work))  # type: ignore[misc]
+        shape, dtype = f"{work.sizes.images} images 3x{SIDE}x{SIDE}", work.sizes.precision
+        rows = table(work.record["stages"], size, device_name(device), shape, dtype)
+        if chosen.record:
+            print(record(rows, work.out / "jpeg-run.png"))
+    except UserError as error:
+        print(f"jpeg-run: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("jpeg-run: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage's seconds are kept
+    sys.exit(main())
