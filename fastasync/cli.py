@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ _WORK = {
     "evaluate": ("prepare", "sample", "evaluate"),
     "run": ("prepare", "probe", "train", "sample", "evaluate"),
 }
+
+_SIGPIPE = 13
 
 # Commands of other modules: what --help says here, and the module whose add_parser knows their options.  It is imported
 # only when its command is asked for, so that `fastasync --help` is quick and needs no optional package.
@@ -76,19 +79,22 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted.
+
+    141, in silence, when whoever read the output has gone (``fastasync presets | head -1``), as for other programs.
+    """
     # CPU threads that spin for long while they wait stall everything on a machine that does something else too
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parser(argv[0] if argv else None).parse_args(argv)
     try:
-        if arguments.command in TOOLS:
-            return arguments.handler(arguments)
-        if arguments.command == "presets":
-            return _presets()
-        if arguments.command == "fetch":
-            return _fetch(arguments)
-        return _stage(arguments)
+        code = _command(arguments)
+        sys.stdout.flush()  # here, and not when Python ends, where nobody could say anything about its failure
+        return code
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        return 128 + _SIGPIPE
     except UserError as error:
         line = " ".join(str(error).split())
         if session().says_first(line):
@@ -107,6 +113,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         session().leave()
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    if arguments.command in TOOLS:
+        return arguments.handler(arguments)
+    if arguments.command == "presets":
+        return _presets()
+    if arguments.command == "fetch":
+        return _fetch(arguments)
+    return _stage(arguments)
+
+
+def _reader_gone() -> bool:
+    """Whether nobody reads our output any more; what is left of it then goes nowhere, also when Python ends."""
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # not a file
+        return False
+    look = select.poll()
+    look.register(output, 0)  # errors are always reported
+    if not look.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
+    return True
 
 
 def _presets() -> int:
@@ -164,6 +196,7 @@ def _stage(arguments: argparse.Namespace) -> int:
     if arguments.command == "report":
         if existing_config(out) is None:
             raise UserError("--out", out, "holds no run to report on")
+        stages.check_schedules(config)
     else:
         stages.preflight(config, _WORK[arguments.command])
     if arguments.command in ("sample", "evaluate") and not checkpoint.steps(out / checkpoint.FOLDER):

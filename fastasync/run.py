@@ -39,14 +39,14 @@ class Run:
         return self.path / "figures.json"
 
     def baseline(self, name: str) -> Run:
-        """The nested run that trains the same network on the fixed schedule ``name``."""
+        """The nested run that trains the same network on the fixed schedule ``name``; ``create`` makes its folder."""
         choice = replace(self.config.schedule, name=name, baselines=())
         folder = self.path / "baselines" / name.replace(":", "-").replace("/", "_")
-        return Run(folder, replace(self.config, schedule=choice), self.prepared).create()
+        return Run(folder, replace(self.config, schedule=choice), self.prepared)
 
     def baselines(self) -> list[Run]:
-        """All of the configuration's baselines."""
-        return [self.baseline(name) for name in self.config.schedule.baselines]
+        """All of the configuration's baselines, with their folders."""
+        return [self.baseline(name).create() for name in self.config.schedule.baselines]
 
     def create(self) -> Run:
         """Make the directory and write config.yaml and versions.json.

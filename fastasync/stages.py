@@ -48,17 +48,22 @@ def planned_flops(config: Config) -> int:
     return train_flops(model) * config.train.batch * config.train.steps
 
 
+def check_schedules(config: Config) -> tuple[str, ...]:
+    """The names of the run's schedule and its baselines.  Raises UserError unless each is one."""
+    reps, schedules = config.representations, (config.schedule.name, *config.schedule.baselines)
+    for name in schedules:
+        if name != "learned":
+            named_schedule(name, reps.names, reps.roles)
+    return schedules
+
+
 def preflight(config: Config, stages: Sequence[str]) -> None:
     """Everything that can be checked before any work or any file: data, device, network, schedules, probe, weights.
 
     Raises UserError.  ``stages``: those about to run.
     """
-    reps, device = config.representations, choose_device(config.train.device)
-    choose_ops(config.model.kernels, device)
-    schedules = (config.schedule.name, *config.schedule.baselines)
-    for name in schedules:
-        if name != "learned":
-            named_schedule(name, reps.names, reps.roles)
+    choose_ops(config.model.kernels, choose_device(config.train.device))
+    schedules = check_schedules(config)
     selection_flops = check_inputs(config)
     if config.data.dataset == "latents":
         with open_latents(config.data.root, features=config.objective.repa_weight > 0) as latents:
@@ -366,6 +371,7 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 __all__ = [
+    "check_schedules",
     "evaluate_stage",
     "planned_flops",
     "prepare_stage",

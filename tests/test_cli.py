@@ -1,8 +1,10 @@
 """The command line on the real thing in miniature: every stage, resuming, and bad input (one line, exit code 2)."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -150,6 +152,7 @@ def test_bad_input_before_any_work(tmp_path, capsys):
         (arguments(out, stage="sample"), "train first"),
         (arguments(out, stage="evaluate"), "train first"),
         (arguments(out, stage="report"), "--out", "no run to report on"),
+        (["verify", out], str(out), "no such folder"),
     ]
     for case, *says in cases:
         refused(capsys, case, *says)
@@ -226,6 +229,33 @@ def test_a_missing_package_is_named_before_any_work(tmp_path, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     refused(capsys, arguments(tmp_path / "out", "evaluate.metrics=fid,kid"), "torch_fidelity", "fastasync[fid]")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_of_verify_is_said_once(tmp_path, capsys):
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "".join(capsys.readouterr()).count("no such folder") == 1
+
+
+def test_a_report_makes_no_baseline(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert main(["report", "--out", str(copy), "--set", "schedule.baselines=synchronous,cascade"]) == 0
+    assert [path.name for path in (copy / "baselines").iterdir()] == ["synchronous"]
+    assert "cascade" in (copy / "report.html").read_text()
+    refused(capsys, ["report", "--out", copy, "--set", "schedule.baselines=cascad"], "cascad")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    for unbuffered in ("", "1"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastasync", "presets"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+        process.stdout.close()  # what `head` does once it has seen enough
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):

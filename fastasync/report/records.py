@@ -49,8 +49,12 @@ class Record:
 
 
 def collect(run: Run) -> list[Record]:
-    """The run, then its baselines.  Raises UserError for a damaged file; a missing one is not an error."""
-    return [_record(each) for each in (run, *run.baselines())]
+    """The run, then its baselines; makes no folder for one that has not been begun.
+
+    Raises UserError for a damaged file, or a baseline of other settings; a missing one is not an error.
+    """
+    baselines = [run.baseline(name) for name in run.config.schedule.baselines]
+    return [_record(each) for each in (run, *(each.create() if each.path.exists() else each for each in baselines))]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -79,19 +79,24 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """``fastasync verify``; returns the exit code, 0 when everything found is complete."""
+    """``fastasync verify``; returns the exit code, 0 when everything found is complete.
+
+    Raises UserError for a checkpoint that is not, after a look at all of them; of several the last, the others are
+    printed.
+    """
     path = args.checkpoint
     root = path / checkpoint.FOLDER if (path / checkpoint.FOLDER).is_dir() else path
     found = [each for _, each in checkpoint.steps(root)] or [path]
-    broken: UserError | None = None
+    broken: tuple[Path, UserError] | None = None
     for each in found:
         try:
             print(f"{each}: {describe(each)}")
         except UserError as error:
-            print(f"{each}: {error.remedy}")
-            broken = error
+            if broken is not None:
+                print(f"{broken[0]}: {broken[1].remedy}")
+            broken = each, error
     if broken is not None:
-        raise broken
+        raise broken[1]
     return 0
 
 

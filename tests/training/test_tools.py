@@ -119,7 +119,12 @@ def test_verify(tmp_path, tiny, run, capsys):
     rewrite(lambda tensors: tensors.pop("pos_embed"))
     with pytest.raises(UserError, match=r"ema.safetensors is of another network: pos_embed differ"):
         tools.verify_command(command(["verify", result.checkpoint]))
-    with open(result.checkpoint / "ema.safetensors", "ab") as stream:
-        stream.write(b"x")
-    with pytest.raises(UserError, match=r"damaged: ema.safetensors has"):
+    for step in (4, 6):
+        with open(tmp_path / "checkpoints" / f"step_{step:08d}" / "ema.safetensors", "ab") as stream:
+            stream.write(b"x")
+    with pytest.raises(UserError, match=r"step_00000006: damaged: ema.safetensors has"):
         tools.verify_command(command(["verify", result.checkpoint]))
+    assert capsys.readouterr().out == ""  # whoever catches the error says it
+    with pytest.raises(UserError, match=r"step_00000006: damaged"):
+        tools.verify_command(command(["verify", tmp_path]))
+    assert "step_00000004: damaged: ema.safetensors has" in capsys.readouterr().out
