@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from fastasync.config import config_from_dict
+from fastasync.config import apply_settings, config_from_dict
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, save_tensors
 from fastasync.model import export_state, load_into, load_state
@@ -29,7 +29,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     convert.add_argument("out", type=Path, help="the file to write, or with --to ours the run directory")
     convert.add_argument("--to", choices=TARGETS, default="published")
     convert.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
-    convert.add_argument("--preset", help="with --to ours: what a new run directory is made from")
+    convert.add_argument("--preset", help="with --to ours: the named run that a new run directory is made from")
+    text = "with --to ours: change a field"
+    convert.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=text)
     convert.set_defaults(handler=convert_command)
     verify = commands.add_parser("verify", help="check a checkpoint, or all of a run: hashes, shapes, finite numbers")
     verify.add_argument("checkpoint", type=Path)
@@ -39,6 +41,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def convert_command(args: argparse.Namespace) -> int:
     """``fastasync convert``; returns the exit code."""
     ema = args.weights == "ema"
+    if args.to == "published" and (args.preset or args.set):
+        raise UserError("--preset" if args.preset else "--set", args.preset or args.set[0], "goes with --to ours")
     print(export(args.checkpoint, args.out, ema) if args.to == "published" else adopt(args, ema))
     return 0
 
@@ -60,13 +64,13 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
 def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     """Put a published file's weights into a run's folder, to start from; returns the file that training reads.
 
-    Raises UserError when the run is missing, has trained already, or is of another architecture.
+    The run is the folder's own, or a new one of ``--preset``, with the changes of ``--set``.
+    Raises UserError when it is missing, has trained already or other settings, or is of another architecture.
     """
-    config = existing_config(args.out)
+    config = preset(args.preset) if args.preset else existing_config(args.out)
     if config is None:
-        if not args.preset:
-            raise UserError("OUT", args.out, "holds no run: give --preset, or make it first with `fastasync prepare`")
-        config = preset(args.preset)
+        raise UserError("OUT", args.out, "holds no run: give --preset, or make it first with `fastasync prepare`")
+    config = apply_settings(config, args.set)
     if checkpoint.steps(args.out / checkpoint.FOLDER):
         raise UserError("OUT", args.out, "this run has checkpoints, which it continues from: choose a new one")
     with torch.device("meta"):

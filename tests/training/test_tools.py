@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastasync.config import apply_settings
 from fastasync.errors import UserError
 from fastasync.files import sha256_file
 from fastasync.model import load_into
-from fastasync.run import Run
+from fastasync.presets import preset
+from fastasync.run import Run, existing_config
 from fastasync.training import build_model, load_model, tools
 from fastasync.training.checkpoint import read_tensors, stream_tensors
 
@@ -73,6 +75,31 @@ def test_a_run_starts_from_published_weights(tmp_path, tiny, run):
         assert all(torch.equal(value, found[name]) for name, value in other.state_dict().items())
     with pytest.raises(UserError, match="this run has checkpoints"):
         tools.convert_command(command(["convert", tmp_path / "theirs.pt", tmp_path / "run", "--to", "ours"]))
+
+
+def test_a_new_run_of_published_weights_takes_settings(tmp_path, tiny):
+    sizes = ["model.depth=1", "model.width=16", "model.heads=2", "representations.grid=2", "train.lr=0.5"]
+    settings = [part for setting in sizes for part in ("--set", setting)]
+    model = build_model(apply_settings(preset("digits"), sizes))
+    torch.save(tools.export_state(model), tmp_path / "theirs.pt")
+    line = ["convert", tmp_path / "theirs.pt", tmp_path / "run", "--to", "ours"]
+    tools.convert_command(command([*line, "--preset", "digits", *settings]))
+    config = existing_config(tmp_path / "run")
+    assert (config.preset, config.model.width, config.train.lr) == ("digits", 16, 0.5)
+    found = load_file(tmp_path / "run" / "start.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+    tools.convert_command(command([*line, "--set", "train.steps=7"]))  # again: what may change within a run may change
+    assert existing_config(tmp_path / "run").train.steps == 7
+    for options, says in (
+        (["--set", "train.lr=0.1"], "other settings"),
+        (["--preset", "digits"], "another architecture"),
+        (["--set", "train.stps=1"], "did you mean 'steps'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            tools.convert_command(command([*line, *options]))
+    for options in (["--preset", "digits"], ["--set", "train.lr=0.1"]):
+        with pytest.raises(UserError, match=f"{options[0]}: {options[1]}: goes with --to ours"):
+            tools.convert_command(command(["convert", tmp_path / "run", tmp_path / "out.pt", *options]))
 
 
 def test_what_cannot_be_converted(tmp_path, tiny, run):
