@@ -109,6 +109,7 @@ class Train:
     max_norm_ratio: float = _number(0.0, 0.0)  # skip a step whose gradient norm exceeds this x the median; 0: never
     stall_minutes: float = _number(10.0, 0.0)  # report where a run stands without a step for so long; 0: never
     log_every: int = _number(20, 1)
+    wandb: str = ""  # the Weights & Biases project that gets the records too; empty: none
     checkpoint_every: int = _number(500, 1)
     keep_checkpoints: int = _number(2, 1)
     milestone_every: int = _number(0, 0)  # checkpoints at its multiples are kept for ever; 0: none
@@ -215,6 +216,7 @@ FREE_FIELDS = (
     "train.deepspeed_config",
     "train.stall_minutes",
     "train.log_every",
+    "train.wandb",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.milestone_every",

@@ -24,6 +24,11 @@ class UserError(Exception):
         super().__init__(f"{field}: {value}: {remedy}" if value is not None else f"{field}: {remedy}")
 
 
+def not_installed(package: str, extra: str) -> UserError:
+    """The error for an optional package that is missing: names the extra which installs it."""
+    return UserError(f"package {package}", "not installed", f"install it with: pip install 'fastasync[{extra}]'")
+
+
 def require(package: str, extra: str) -> ModuleType:
     """Import an optional package, or raise a UserError that names the extra which installs it."""
     try:
@@ -31,9 +36,7 @@ def require(package: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != package.split(".")[0]:
             raise
-        raise UserError(
-            f"package {package}", "not installed", f"install it with: pip install 'fastasync[{extra}]'"
-        ) from None
+        raise not_installed(package, extra) from None
 
 
 def unknown_name(field: str, value: object, known: Iterable[str]) -> UserError:

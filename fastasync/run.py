@@ -14,8 +14,9 @@ from fastasync.files import atomic_path, write_json
 class Run:
     """A run directory and its configuration.
 
-    It holds config.yaml, versions.json, prepared/, probe/, schedule.json, checkpoints/, metrics.jsonl, samples/,
-    figures.json, the pictures and report.html; baselines/NAME/ are runs of the same layout that share prepared/.
+    It holds config.yaml, versions.json, prepared/, probe/, schedule.json, checkpoints/, metrics.jsonl and .csv,
+    samples/, figures.json, the pictures and report.html; baselines/NAME/ are runs of the same layout that share
+    prepared/.
     """
 
     def __init__(self, path: Path, config: Config, prepared: Path | None = None):

@@ -36,6 +36,7 @@ from fastasync.schedule import Schedule, load_schedule, named_schedule, save_sch
 from fastasync.training import build_model, checkpoint, load_model, train
 from fastasync.training.build import choose_autocast, choose_device, choose_ops
 from fastasync.training.loop import check_data
+from fastasync.training.sinks import wandb_package
 
 Say = Callable[[str], None]
 _PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs
@@ -75,6 +76,8 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     weak = config.sample.weak_checkpoint
     if config.sample.guidance == "autoguidance" and "sample" in stages and not Path(weak).exists():
         raise UserError("sample.weak_checkpoint", weak, "no such file or run directory")
+    if config.train.wandb and "train" in stages:
+        wandb_package()
     if "evaluate" in stages:
         if set(config.evaluate.metrics) - {"fid"}:
             import_torch_fidelity()

@@ -66,9 +66,9 @@ def train(
 ) -> TrainResult:
     """Train along ``schedule`` to ``config.train.steps``, in ``out_dir``; continues what is there.
 
-    Writes ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``.  ``statistics_fingerprint`` names the statistics
-    that the latents were normalised with; a checkpoint of others is refused.  ``say`` receives messages (default:
-    stderr).
+    Writes ``checkpoints/``, ``metrics.jsonl``, ``metrics.csv`` and ``tensorboard/``.  ``statistics_fingerprint`` names
+    the statistics that the latents were normalised with; a checkpoint of others is refused.  ``say`` receives messages
+    (default: stderr).
     A CPU run that was stopped at any moment and resumed ends bit for bit where an uninterrupted one does.
 
     Raises:
@@ -125,7 +125,9 @@ def train(
             tell(f"a new run, from the weights in {started_from}")
         start, watch = step, Stopwatch(settings.batch)
 
-        log = stack.enter_context(MetricsLog(out, step)) if engine.is_main else None
+        log = None
+        if engine.is_main:
+            log = stack.enter_context(MetricsLog(out, step, project=settings.wandb, facts=config.to_dict()))
         hidden = not (progress and engine.is_main)
         bar = stack.enter_context(
             tqdm(total=settings.steps, initial=step, unit="step", disable=hidden, mininterval=1.0)

@@ -1,4 +1,4 @@
-"""What a run reports: running sums on the device, one record every few steps, to metrics.jsonl and TensorBoard."""
+"""What a run reports: running sums on the device, one record every few steps, to files and boards."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastasync.errors import UserError
 from fastasync.files import PARTIAL, atomic_path
+from fastasync.training.sinks import CSV, CsvFile, WandbRun
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 WINDOW = 64  # gradient norms that the median of train.max_norm_ratio is of (it counts from a quarter of them on)
@@ -149,20 +150,36 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl and TensorBoard.  Opened at step ``step``, it drops what was logged beyond.
+    """Appends records to metrics.jsonl, metrics.csv, TensorBoard and, with a ``project``, Weights & Biases.
 
-    So a run that was killed and resumed has each step once.  ``board`` false, or no TensorBoard: the file alone.
+    Opened at step ``step``, it drops what was logged beyond: a run that was killed and resumed has each step once.
+
+    Args:
+        out_dir: the run's folder.
+        step: where training starts.
+        board: false: metrics.jsonl alone.  (TensorBoard is left out where it is not installed, too.)
+        project: of Weights & Biases; empty: none.
+        facts: the configuration, for the project.
+
+    Raises:
+        UserError: a file cannot be written, or the project's run cannot be started.
     """
 
-    def __init__(self, out_dir: Path, step: int, board: bool = True):
+    def __init__(
+        self, out_dir: Path, step: int, board: bool = True, project: str = "", facts: dict[str, Any] | None = None
+    ):
         self.path = out_dir / FILE
-        for leftover in out_dir.glob(f".{FILE}.*{PARTIAL}"):  # of a killed process
-            leftover.unlink(missing_ok=True)
+        for name in (FILE, CSV):
+            for leftover in out_dir.glob(f".{name}.*{PARTIAL}"):  # of a killed process
+                leftover.unlink(missing_ok=True)
+        self._others: list[CsvFile | WandbRun] = []
         try:
             kept = [line for line in self._lines() if _step_of(line) <= step]
             with atomic_path(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+            if board:
+                self._others.append(CsvFile(out_dir / CSV, map(json.loads, kept)))
         except OSError as error:
             raise UserError(str(self.path), error.strerror, "choose a folder that can be written to") from None
         self._board: Any = None
@@ -171,6 +188,12 @@ class MetricsLog:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(out_dir / BOARD), purge_step=step + 1)
+        if project:
+            try:
+                self._others.append(WandbRun(project, out_dir, step, facts or {}))
+            except BaseException:
+                self.close()
+                raise
 
     def _lines(self) -> list[str]:
         return self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
@@ -179,6 +202,8 @@ class MetricsLog:
         """One record; ``step`` is its key.  Values are numbers or None."""
         with self._explained():
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            for other in self._others:
+                other.write(record)
             if self._board is not None:
                 for name, value in record.items():
                     if name != "step" and value is not None:
@@ -189,6 +214,8 @@ class MetricsLog:
         with self._explained():
             self._file.flush()
             os.fsync(self._file.fileno())
+            for other in self._others:
+                other.sync()
             if self._board is not None:
                 self._board.flush()
 
@@ -201,7 +228,7 @@ class MetricsLog:
             raise UserError(str(self.path), error.strerror, remedy) from None
 
     def close(self) -> None:
-        for part in (self._file, self._board):
+        for part in (self._file, self._board, *self._others):
             with suppress(OSError):  # a full disk was reported by write or sync; what is lost is logged again on resume
                 if part is not None:
                     part.close()

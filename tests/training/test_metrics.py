@@ -93,7 +93,7 @@ def test_log_drops_later_steps_and_torn_lines(tmp_path):
     (tmp_path / ".metrics.jsonl.123.partial").write_text("of a killed process")
     with MetricsLog(tmp_path, 2) as log:
         log.write({"step": 3, "loss": 1.5})
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": None}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.5}]
     with MetricsLog(tmp_path, 0):
