@@ -33,13 +33,14 @@ from fastasync.model import load_into, load_state, memory_estimate, memory_with_
 from fastasync.probe import ProbeResult, learn_schedule, probe_plan
 from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
+from fastasync.throughput import expected_hours
 from fastasync.training import build_model, checkpoint, load_model, train
 from fastasync.training.build import choose_autocast, choose_device, choose_ops
 from fastasync.training.loop import check_data
 from fastasync.training.sinks import wandb_package
 
 Say = Callable[[str], None]
-_PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs
+_PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs, and how long training takes
 
 
 def planned_flops(config: Config) -> int:
@@ -340,7 +341,7 @@ def run_all(run: Run, *, oracle: bool = False, say: Say = print) -> Path:
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """What ``--dry-run`` prints: parameters, FLOPs, the probe's share, memory."""
+    """What ``--dry-run`` prints: parameters, FLOPs, the probe's share, hours, memory."""
     with torch.device("meta"):
         model = build_model(config)
     per_step = train_flops(model) * config.train.batch
@@ -355,6 +356,7 @@ def summary(config: Config) -> dict[str, Any]:
         "probe's share of them, at most": config.probe.budget if learns else 0.0,
         "device and precision here": f"{device}, {precision}",
     }
+    facts |= expected_hours(config, train_flops(model), _PLANNED_GPUS)
     for kind in dict.fromkeys((precision, "bf16")):
         memory = memory_estimate(model, config.train.batch, kind)
         parts = {**memory._asdict(), "total": memory.total}

@@ -1,0 +1,109 @@
+"""How long training takes on GPUs: from the measured steps in bench/results, never from a figure in the code."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastasync.config import Config
+from fastasync.training.graph import LAUNCH_BOUND
+
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
+COMMAND = "make bench SUBJECT=step"
+_SAME = 0.01  # networks whose FLOPs for an image differ by less are one
+_FAR = 30  # a network that takes so many times more or fewer says nothing: what limits the two is not the same
+_COMPILED = {"off": "eager", "regional": "regional", "model": "whole"}  # train.compile in the variants' names
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the subject ``step``: a whole training step on one GPU.
+
+    ``flops``: of the training step of one image, from the row's own TFLOP/s and images/s.
+    """
+
+    date: str
+    commit: str
+    device: str
+    case: str
+    variant: str
+    shape: str
+    images_per_s: float
+    flops: float
+
+    def __str__(self) -> str:
+        about = f"{self.case}, {self.variant}, {self.shape}; {self.date[:10]}, commit {self.commit}"
+        return f"{self.images_per_s:.0f} img/s on one {self.device} ({about})"
+
+
+def measured_steps(folder: Path = RESULTS) -> list[Measured]:
+    """Every training step that was measured on a GPU; lines that are no such row are passed over."""
+    found = []
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, newline="", errors="replace") as stream:
+            for row in csv.DictReader(stream):
+                if row.get("subject") != "step" or row.get("device") == "cpu":
+                    continue
+                try:
+                    images, tflop = float(row["images_per_s"]), float(row["tflop_per_s"])
+                    names = {name: row[name] for name in ("date", "commit", "device", "case", "variant", "shape")}
+                    if images > 0 and tflop > 0:
+                        found.append(Measured(**names, images_per_s=images, flops=tflop * 1e12 / images))
+                except (KeyError, TypeError, ValueError):
+                    continue
+    return found
+
+
+def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measured | None:
+    """The row that says most about a run whose network takes ``flops`` for an image: None where none does.
+
+    The nearest network, then the variant that the configuration runs, then the newest.
+    """
+    train = config.train
+    by = "pytorch" if config.model.kernels == "reference" else "ours"
+    wanted = f"{by} {_COMPILED[train.compile]}"
+    if by == "ours" and train.cuda_graph != "off" and (train.cuda_graph == "on" or flops * train.batch < LAUNCH_BOUND):
+        wanted = "ours graph"  # what auto does with so small a step
+    if train.precision == "fp8":
+        wanted = "ours fp8"
+
+    def tells(row: Measured) -> bool:
+        """Another way to compile says something about this run, another implementation or precision does not."""
+        return row.variant.startswith(by) and (row.variant == "ours fp8") == (train.precision == "fp8")
+
+    def distance(row: Measured) -> tuple[float, bool]:
+        return round(abs(math.log(row.flops / flops)), 2), row.variant != wanted
+
+    if train.precision == "fp32":
+        return None
+    near = (row for row in rows if tells(row) and 1 / _FAR < row.flops / flops < _FAR)
+    newest_first = sorted(near, key=lambda row: row.date, reverse=True)
+    return min(newest_first, key=distance, default=None)
+
+
+def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS) -> dict[str, str]:
+    """Lines of ``--dry-run``: hours of training on one GPU and on ``gpus``, and what they rest on.
+
+    ``flops``: of the training step of one image (``fastasync.model.train_flops``).
+    """
+    row, train = choose_step(config, flops, measured_steps(folder)), config.train
+    if row is None:
+        how = "only bf16 and fp8 are" if train.precision == "fp32" else f"`{COMMAND}` in a checkout does, on a GPU"
+        return {"expected hours of training": f"unknown: no step like this run's is measured in {folder}; {how}"}
+    rate, ratio = row.images_per_s, row.flops / flops
+    basis = "measured for this network"
+    if abs(ratio - 1) > _SAME:
+        rate *= ratio
+        basis = f"an estimate, not measured: scaled by the FLOPs of an image, {flops:.3g} here, {row.flops:.3g} there"
+        if ratio > 1:
+            basis += "; a smaller network uses less of a GPU, so it takes longer than this"
+    hours = train.batch * train.steps / rate / 3600
+    return {
+        "measured training step": str(row),
+        f"expected hours of training on 1 {row.device}": f"{hours:.3g} ({basis})",
+        f"expected hours of training on {gpus} {row.device}": f"{hours / gpus:.3g} (perfect scaling is assumed, "
+        f"not measured; {train.batch / gpus:g} images on each GPU at a time)",
+    }

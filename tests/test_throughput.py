@@ -1,0 +1,150 @@
+"""Expected hours come from the rows of bench/results; what was not measured is said to be an estimate, or unknown."""
+
+import csv
+import re
+
+import pytest
+import torch
+
+from fastasync import stages
+from fastasync.cli import main
+from fastasync.config import apply_settings
+from fastasync.model import train_flops
+from fastasync.presets import preset
+from fastasync.throughput import RESULTS, choose_step, expected_hours, measured_steps
+from fastasync.training import build_model
+
+COLUMNS = ("date", "commit", "device", "subject", "case", "variant", "shape", "dtype", "tflop_per_s", "images_per_s")
+
+
+def flops_of(config):
+    with torch.device("meta"):
+        return train_flops(build_model(config))
+
+
+XL = flops_of(preset("imagenet256-xl"))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """results(*changes) -> a folder with a row for each change of an XL step at 500 img/s."""
+
+    def make(*changes):
+        with open(tmp_path / "gpu.csv", "w", newline="") as stream:
+            table = csv.DictWriter(stream, COLUMNS)
+            table.writeheader()
+            for change in changes:
+                row = {
+                    "date": "2026-11-24 06:00:00", "commit": "abc1234", "device": "gpu-9", "subject": "step",
+                    "case": "XL", "variant": "ours regional", "shape": "batch 256, 48x16x16", "dtype": "auto",
+                    "images_per_s": 500, "tflop_per_s": 500 * XL / 1e12, **change,
+                }  # fmt: skip
+                table.writerow(row)
+        return tmp_path
+
+    return make
+
+
+def hours(lines, gpus):
+    """The number of the line on so many GPUs, and what is said about it."""
+    (text,) = (text for name, text in lines.items() if re.search(rf" on {gpus} ", name))
+    number, _, about = text.partition(" ")
+    return float(number), about
+
+
+def test_hours_of_the_measured_network(results):
+    config = preset("imagenet256-xl")
+    lines = expected_hours(config, XL, 8, results({}))
+    one, about = hours(lines, 1)
+    assert one == pytest.approx(400_000 * 256 / 500 / 3600, rel=5e-3)
+    assert about == "(measured for this network)"
+    eight, about = hours(lines, 8)
+    assert eight == pytest.approx(one / 8, rel=5e-3)
+    assert "perfect scaling is assumed, not measured; 32 images on each GPU" in about
+    assert "gpu-9" in lines["measured training step"]
+    assert "2026-11-24, commit abc1234" in lines["measured training step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "smaller"), [("imagenet256-s", True), ("imagenet256-b", True), ("imagenet256-xxl", False)]
+)
+def test_another_size_is_an_estimate(results, name, smaller):
+    config = preset(name)
+    flops = flops_of(config)
+    one, about = hours(expected_hours(config, flops, 8, results({})), 1)
+    assert one == pytest.approx(400_000 * 256 / (500 * XL / flops) / 3600, rel=5e-3)
+    assert "an estimate, not measured" in about
+    assert ("takes longer than this" in about) == smaller
+
+
+def test_which_row_counts(results):
+    xl = preset("imagenet256-xl")
+    rows = [
+        {"images_per_s": 1, "date": "2026-11-25 01:00:00", "device": "cpu"},
+        {"images_per_s": 2, "date": "2026-11-25 01:00:00", "subject": "loss"},
+        {"images_per_s": 3, "date": "2026-11-25 01:00:00", "variant": "pytorch regional"},
+        {"images_per_s": 4, "date": "2026-11-25 01:00:00", "variant": "ours whole"},
+        {"images_per_s": 5, "date": "2026-11-25 01:00:00", "variant": "ours fp8", "dtype": "fp8"},
+        {"images_per_s": 6, "date": "2026-11-24 01:00:00"},
+        {"images_per_s": 7, "date": "2026-11-24 02:00:00"},
+        {"images_per_s": "", "date": "2026-11-25 02:00:00"},
+        {"images_per_s": "fast", "date": "2026-11-25 02:00:00"},
+    ]
+    for row in rows:
+        row["tflop_per_s"] = row["images_per_s"] * XL / 1e12 if isinstance(row["images_per_s"], int) else 1
+    other = {"images_per_s": 8, "tflop_per_s": 8 * XL / 2e12, "date": "2026-11-26 02:00:00"}  # half the FLOPs
+    found = measured_steps(results(*rows, other))
+
+    def chosen(*settings):
+        row = choose_step(apply_settings(xl, settings), XL, found)
+        return row and round(row.images_per_s)
+
+    assert chosen() == 7  # this network and variant, the newest
+    assert chosen("train.compile=model") == 4
+    assert chosen("train.compile=off") == 4  # not measured: the newest of ours for this network
+    assert chosen("train.precision=fp8") == 5
+    assert chosen("model.kernels=reference") == 3
+    assert chosen("train.precision=fp32") is None
+    assert choose_step(xl, XL // 2, found).images_per_s == 8
+    assert choose_step(xl, XL // 100, found) is None
+
+
+def test_what_is_not_measured_is_unknown(tmp_path, results):
+    """Installed without the repository, too: there is no such folder."""
+    for row, settings, says in (
+        (None, (), "make bench SUBJECT=step"),
+        ({"variant": "pytorch regional"}, (), "make bench SUBJECT=step"),
+        ({}, ("train.precision=fp32",), "only bf16 and fp8"),
+    ):
+        config = apply_settings(preset("imagenet256-xl"), settings)
+        folder = tmp_path / "nowhere" if row is None else results(row)
+        (text,) = expected_hours(config, XL, 8, folder).values()
+        assert text.startswith("unknown: ")
+        assert says in text
+    (text,) = expected_hours(preset("digits"), flops_of(preset("digits")), 8, results({})).values()
+    assert text.startswith("unknown: ")  # the step of a network 16,000 times its size says nothing
+
+
+def test_a_damaged_file_is_passed_over(results):
+    folder = results({})
+    (folder / "other.csv").write_bytes(b"subject,device\n\xff\xfe,step\nstep\n")
+    (folder / "empty.csv").write_text("")
+    assert len(measured_steps(folder)) == 1
+
+
+def test_the_committed_rows_are_read_by_dry_run(capsys):
+    """Whatever is measured next: the newest row of the preset's own network and variant is what is printed."""
+    assert main(["train", "--preset", "imagenet256-xl", "--out", "/nonexistent", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    row = choose_step(preset("imagenet256-xl"), XL, measured_steps())
+    assert RESULTS.is_dir()
+    assert row.flops == pytest.approx(XL, rel=1e-3)
+    assert f"measured training step: {row}" in said
+    assert f"expected hours of training on 1 {row.device}: {102.4e6 / row.images_per_s / 3600:.3g} (measured" in said
+    assert "expected hours of training on 8" in said
+
+
+@pytest.mark.parametrize("name", ["imagenet256-s", "imagenet256-l", "imagenet256-xl-sfd", "autoguidance-b"])
+def test_every_imagenet_preset_has_hours(name):
+    lines = stages.summary(preset(name))
+    assert any(line.startswith("expected hours of training on 8") for line in lines)
