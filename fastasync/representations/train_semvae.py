@@ -3,6 +3,9 @@
 The output folder holds ``metrics.jsonl``, the newest checkpoint (``state.json`` names it) and, once finished,
 ``semvae.safetensors`` with ``semvae.json``: what the representation ``dino_semantic`` reads.  Batches, noise and
 learning rate are pure functions of seed and step, so a resumed run continues as if it had not stopped.
+
+Under a launcher each rank trains on its part of every batch and the gradients are averaged: the same numbers on any
+number of ranks, but for the order of sums.  Rank 0 alone measures, evaluates, writes and prints.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from fastasync_kernels.reference import philox_normal
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from fastasync.data.order import batch_indices, epoch_order
+from fastasync.distributed import explained_loss, quiet_elsewhere, session
 from fastasync.errors import UserError
 from fastasync.files import digest_tensors, load_tensors, remove_partials, save_tensors, write_json
 from fastasync.representations.semvae import SemVAE, SemVAESettings, semvae_losses
@@ -189,24 +194,34 @@ def train(
     """Train, or continue, in the folder ``out``; returns the content of ``semvae.json``.
 
     ``vit``: the facts on the network behind the features ({"name": ...}).  On SIGTERM or SIGINT it saves and raises
-    Interrupted.  UserError: the folder is of another run, the set is too small, the loss is not finite.
+    Interrupted.  Every rank of a launcher calls it.  UserError: the folder is of another run, the set is too small, the
+    batch does not divide over the ranks, the loss is not finite.
     """
     from fastasync.training.interrupt import StopSignal, only_process
     from fastasync.training.metrics import MetricsLog
 
-    out, device = Path(out), torch.device(device)
+    out, device, here = Path(out), torch.device(device), session()
+    if training.semvae.batch % here.world:
+        nearest = max(round(training.semvae.batch / here.world), 1) * here.world
+        raise UserError("batch", training.semvae.batch, f"must divide into {here.world} ranks; nearest: {nearest}")
     facts = {"vit": {**vit, "fingerprint": source.fingerprint}, "training": json.loads(json.dumps(asdict(training)))}
-    with only_process(out):
+    with ExitStack() as stack:
+        here.main_only(lambda: stack.enter_context(only_process(out)))
+        here.main_only(lambda: remove_partials(out))
+        if here.world > 1:
+            here.start_group(device)
+        stack.enter_context(explained_loss())
         run = _Run(source, out, training, facts, device)
-        if (out / WEIGHTS).exists() and run.step == training.semvae.steps:
+        if here.from_main((out / WEIGHTS).exists) and run.step == training.semvae.steps:
             return load_semvae(out / WEIGHTS)[1]
         if not run.step:
             run.measure_features(progress)
-        with MetricsLog(out, run.step, board=False) as log, StopSignal() as stop:
-            quality = run.steps(log, stop, progress)
+        log = stack.enter_context(MetricsLog(out, run.step, board=False)) if here.is_main else None
+        quality = run.steps(log, stack.enter_context(StopSignal(launched=here.world > 1)), progress)
+        content = {**facts, "quality": quality}
         shape = training.semvae
-        save_semvae(out / WEIGHTS, run.vae, shape.width, shape.depth, shape.heads, {**facts, "quality": quality})
-    return load_semvae(out / WEIGHTS)[1]
+        here.main_only(lambda: save_semvae(out / WEIGHTS, run.vae, shape.width, shape.depth, shape.heads, content))
+        return load_semvae(out / WEIGHTS)[1]
 
 
 class _Run:
@@ -216,6 +231,7 @@ class _Run:
         self, source: FeatureSource, out: Path, training: SemVAETraining, facts: dict[str, Any], device: torch.device
     ):
         self.source, self.out, self.training, self.device = source, out, training, device
+        self.rank, self.world = session().rank, session().world
         s, count = training.semvae, len(source.labels)
         held_out = min(training.held_out, count // 10)
         if held_out < 1 or count - held_out < s.batch:
@@ -234,7 +250,6 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)
         self.tally = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)  # sums and their count
         self.step = 0
-        remove_partials(out)
         if (out / STATE).exists():
             self._resume()
 
@@ -284,68 +299,92 @@ class _Run:
 
     def measure_features(self, progress: bool) -> None:
         """Set the mean and std that the features are standardised by, from some of the training images."""
-        statistics = StreamingStatistics(self.source.feature_dim)
-        parts = self.images[: self.training.statistics_images].split(self.training.semvae.batch)
-        for features in tqdm(self._features(parts), "feature statistics", len(parts), disable=not progress):
-            statistics.update(features)
-        mean, std = statistics.result()
+
+        def measure() -> tuple[Tensor, Tensor]:
+            statistics = StreamingStatistics(self.source.feature_dim)
+            parts = self.images[: self.training.statistics_images].split(self.training.semvae.batch)
+            for features in tqdm(self._features(parts), "feature statistics", len(parts), disable=not progress):
+                statistics.update(features)
+            return statistics.result()
+
+        mean, std = session().from_main(measure)
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise UserError("features", "NaN or infinity", "check the ViT's weights and precision")
         self.vae.feature_mean.copy_(mean.view(1, -1, 1, 1))
         self.vae.feature_std.copy_(std.clamp(min=1e-6).view(1, -1, 1, 1))  # one that never varies stays zero
 
     def steps(self, log: Any, stop: Any, progress: bool) -> dict[str, float]:
-        """Train to the last step; returns the last evaluation."""
+        """Train to the last step; returns the last evaluation.  ``log`` is rank 0's."""
         from fastasync.training.interrupt import Interrupted
 
-        t, total = self.training, self.training.semvae.steps
+        t, total, here = self.training, self.training.semvae.steps, session()
         count, batch = len(self.images), t.semvae.batch
-        batches = (self.images[batch_indices(step, batch, count, t.seed)] for step in range(self.step, total))
-        bar = tqdm(desc="SemVAE", total=total, initial=self.step, disable=not progress)
+        mine = torch.arange(batch).tensor_split(self.world)[self.rank]
+        batches = (self.images[batch_indices(step, batch, count, t.seed)[mine]] for step in range(self.step, total))
+        bar = tqdm(desc="SemVAE", total=total, initial=self.step, disable=not (progress and here.is_main))
         quality: dict[str, float] = {}
         start, done = time.perf_counter(), 0
         for features in self._features(batches):
-            self._train_on(features)
-            done += len(features)
+            stopping = self._train_on(features, mine, stop.received is not None)
+            done += batch
             last = self.step == total
             evaluating = last or (t.evaluate_every > 0 and self.step % t.evaluate_every == 0)
-            saving = last or stop.received is not None or self.step % t.save_every == 0
+            saving = last or stopping or self.step % t.save_every == 0
             if self.step % t.log_every == 0 or evaluating:
                 record = self._means()
                 bar.set_postfix(mse=f"{record['mse']:.4f}", cosine=f"{record['cosine']:.4f}")
                 record["images_per_s"] = done / max(time.perf_counter() - start, 1e-9)
                 if evaluating:
-                    quality = self.evaluate()
-                log.write({"step": self.step, **record, **quality} if evaluating else {"step": self.step, **record})
+                    quality = here.from_main(self.evaluate)
+                if log is not None:
+                    log.write({"step": self.step, **record, **quality} if evaluating else {"step": self.step, **record})
                 start, done = time.perf_counter(), 0
             if saving:
                 self._check_finite()
-                log.sync()
-                path = self.save()
-                if stop.received is not None and not last:
+                if log is not None:
+                    log.sync()
+                path = here.from_main(self.save)
+                if stopping and not last:
                     raise Interrupted(self.step, path)
             bar.update()
         bar.close()
-        return quality or self.evaluate()  # resumed after the last step: killed before the weights were written
+        # none: resumed after the last step, killed before the weights were written
+        return quality or here.from_main(self.evaluate)
 
-    def _train_on(self, features: Tensor) -> None:
+    def _train_on(self, features: Tensor, places: Tensor, stopping: bool) -> bool:
+        """A step on this rank's part of the batch, the images at ``places``; whether any rank is ``stopping``."""
         t = self.training
         lr = t.learning_rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         shape = (len(features), t.channels, self.source.grid, self.source.grid)
-        places = torch.arange(len(features), device=self.device)
+        places = places.to(self.device)
         noise = philox_normal(t.seed, self.step, places, math.prod(shape[1:]), stream=NOISE_STREAM).view(shape)
         with autocast(self.device, t.precision):
             mse, cosine, kl = semvae_losses(self.vae, features, noise)
         loss = mse + (1.0 - cosine) + t.semvae.kl_weight * kl
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        terms = [mse.detach(), cosine.detach(), kl.detach()]
+        if self.world > 1:
+            *terms, stopped = self._average([*terms, torch.tensor(float(stopping), device=self.device)])
+            stopping = float(stopped) > 0
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        row = torch.stack([mse.detach(), cosine.detach(), kl.detach(), norm.detach()]).double()
+        row = torch.stack([*terms, norm.detach()]).double()
         self.tally = self.tally + torch.cat([row, row.new_ones(1)])
         self.step += 1
+        return stopping
+
+    def _average(self, values: list[Tensor]) -> list[Tensor]:
+        """Average the gradients over the ranks, in place, and the numbers ``values``, with one collective."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([part.flatten().float() for part in (*grads, *values)])
+        distributed.all_reduce(flat)
+        parts = flat.div_(self.world).split([part.numel() for part in (*grads, *values)])
+        for grad, part in zip(grads, parts):
+            grad.copy_(part.view_as(grad))
+        return [part.view(()) for part in parts[len(grads) :]]
 
     def _means(self) -> dict[str, float]:
         """Means of the terms since the last record.  UserError when one is not finite."""
@@ -426,7 +465,7 @@ def _difference(key: str, found: object, asked: object) -> str:
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add ``train-semvae`` to the command line's subparsers; its namespace has ``handler`` = train_semvae_command."""
-    text = "train the SemVAE that compresses a frozen ViT's features to the semantic latent"
+    text = "train the SemVAE that compresses a frozen ViT's features to the semantic latent; runs under torchrun too"
     parser = commands.add_parser("train-semvae", help=text, description=text)
     add, default = parser.add_argument, SemVAETraining()
     shape = default.semvae
@@ -456,6 +495,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add("--backend", default="auto", help="image loader: auto, dali or pil (default %(default)s)")
     add("--workers", type=int, help="threads that decode (default: one for each CPU)")
     add("--skip-bad", metavar="LIST", help="leave out the files in a list of `fastasync check-images`")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
     parser.set_defaults(handler=train_semvae_command)
     return parser
 
@@ -463,6 +503,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def train_semvae_command(arguments: argparse.Namespace) -> int:
     """Run ``train-semvae``; prints the quality reached and where the weights are; 0.  Raises UserError."""
     a = arguments
+    if a.device == "cuda":
+        from fastasync.training.build import choose_device
+
+        a.device = choose_device("cuda")  # this rank's
     semvae = SemVAESettings(a.width, a.depth, a.heads, a.steps, a.batch, a.learning_rate, a.kl_weight)
     settings = {entry.name: getattr(a, entry.name) for entry in fields(SemVAETraining) if entry.name != "semvae"}
     training = SemVAETraining(semvae, **settings)
@@ -473,10 +517,10 @@ def train_semvae_command(arguments: argparse.Namespace) -> int:
         source = CachedFeatures(a.features, vit.fingerprint() if vit else None)
     else:
         source = _image_features(a)
-    done = train(source, a.out, training, facts, a.device)
+    done, say = train(source, a.out, training, facts, a.device), quiet_elsewhere(print)
     for name, value in done["quality"].items():
-        print(f"{name}: {value:.4g}")
-    print(a.out / WEIGHTS)
+        say(f"{name}: {value:.4g}")
+    say(str(a.out / WEIGHTS))
     return 0
 
 
