@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # the command line imports this module before it knows whethe
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank waits this long for another one in a collective
-_START = timedelta(minutes=10)  # for all ranks to be started
 _LEAVE = 10.0  # seconds that rank 0, which may host the store, waits for the others to be done with it
 _POLL = 0.2  # seconds between two looks at the store, at most
 # what gloo, NCCL and the store write when a peer is gone
@@ -65,6 +64,7 @@ class Session:
             raise UserError("RANK, LOCAL_RANK, WORLD_SIZE", given, "RANK must be in [0, WORLD_SIZE)")
         self.by_deepspeed = "CROSS_SIZE" in environment  # deepspeed.launcher.launch sets it
         self.lost = False  # another rank is gone, and the store perhaps with it
+        self._met = False  # all ranks have come
         self._calls = itertools.count()
         self._stores: list[Any] = []
 
@@ -73,22 +73,35 @@ class Session:
         return self.rank == 0
 
     def store(self) -> Any:
-        """The rendezvous store (connected once).  UserError when the port is taken or somebody is missing."""
+        """The rendezvous store (connected once).  UserError when the port is taken or rank 0 cannot be reached."""
         if not self._stores:
             from torch import distributed
 
-            address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            from fastasync import rendezvous
+
             try:
-                store, _, _ = next(distributed.rendezvous("env://", timeout=_START))
-            except (RuntimeError, ValueError) as error:
-                text = " ".join(str(error).split())
-                if "EADDRINUSE" in text or "in use" in text:
-                    remedy = "the port is in use: give the launcher another (--master_port), or end what uses it"
-                else:
-                    remedy = f"the ranks did not find each other ({text[:160]})"
-                raise UserError("MASTER_ADDR:MASTER_PORT", address, remedy) from None
-            self._stores.append(distributed.PrefixStore("fastasync", store))
+                store = distributed.PrefixStore("fastasync", rendezvous.open_store(self.rank))
+                store.set(f"came/{self.rank}", "")
+            except UserError:
+                self.lost = True  # there is nobody to agree with on who says so
+                raise
+            self._stores.append(store)
         return self._stores[0]
+
+    def meet(self) -> Any:
+        """The store, once all ranks have come: rank 0 waits for them.  UserError when one does not in time."""
+        store = self.store()
+        if self.is_main and not self._met:
+            from fastasync import rendezvous
+
+            hosts = rendezvous.hosts_of_ranks() if self.by_deepspeed else []
+            try:
+                rendezvous.wait_for_all(store, self.world, hosts)
+            except UserError:
+                self.lost = True
+                raise
+            self._met = True
+        return store
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """What ``compute`` returns on rank 0, on every rank (pickled).  All call it, in the same order.
@@ -97,7 +110,7 @@ class Session:
         """
         if self.world == 1:
             return compute()
-        key, store = f"main/{next(self._calls)}", self.store()
+        key, store = f"main/{next(self._calls)}", self.meet()
         if self.is_main:
             try:
                 result = compute()
@@ -132,7 +145,7 @@ class Session:
     def barrier(self) -> None:
         """Wait for every rank, without a limit."""
         if self.world > 1:
-            key, store = f"barrier/{next(self._calls)}", self.store()
+            key, store = f"barrier/{next(self._calls)}", self.meet()
             with explained_loss():
                 store.add(key, 1)
                 while store.add(key, 0) < self.world:
@@ -168,7 +181,7 @@ class Session:
 
         timeout = timeout or TIMEOUT
         if not distributed.is_initialized():
-            store = distributed.PrefixStore("group", self.store()) if self.world > 1 else distributed.HashStore()
+            store = distributed.PrefixStore("group", self.meet()) if self.world > 1 else distributed.HashStore()
             backend = "nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
         return distributed.new_group(backend="gloo", timeout=timeout)

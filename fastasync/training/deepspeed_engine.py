@@ -77,6 +77,8 @@ class DeepSpeedEngine:
         log = logging.getLogger("DeepSpeed")
         # torch calls the collectives that DeepSpeed uses by older names than its newest
         warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+        # an operation for inference that DeepSpeed compiles on CPUs: 40 s, or no end where a killed build left its lock
+        require("deepspeed.ops", "deepspeed").__compatible_ops__["deepspeed_shm_comm"] = False
         self._zero = require("deepspeed.utils", "deepspeed")
         self.device, self.rank, self.world, self.is_main = device, here.rank, here.world, here.is_main
         self._control = here.start_group(device, max(TIMEOUT, timedelta(minutes=train.stall_minutes)))
