@@ -37,6 +37,7 @@ from fastasync.throughput import expected_hours
 from fastasync.training import build_model, checkpoint, load_model, train
 from fastasync.training.build import choose_autocast, choose_device, choose_ops
 from fastasync.training.loop import check_data
+from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.sinks import wandb_package
 
 Say = Callable[[str], None]
@@ -251,7 +252,8 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
             label = f"sample {run.config.schedule.name} {sample.integrator} {steps}"
             spread: dict[str, Any] = {"rank": here.rank, "world": here.world, "label": label, "progress": here.is_main}
             here.main_only(lambda folder=folder, protocol=protocol: write_json(folder / "protocol.json", protocol))  # type: ignore[misc]
-            sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
+            with explained_sampling(sample, device):
+                sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
             here.barrier()
             if here.world > 1 and here.is_main:
                 sampling.generate_images(make, index_batches, sample.count, folder)  # joins what all have made

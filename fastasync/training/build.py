@@ -21,7 +21,7 @@ from fastasync.objective import Objective
 _log = logging.getLogger(__name__)
 # rows have scales; weight gradients stay in bf16: scaling columns too costs more time than their fp8 products save
 FP8_RECIPE = "rowwise_with_gw_hp"
-_USABLE = 0.9  # share of the free memory that an estimate may fill
+USABLE = 0.9  # share of the free memory that an estimate may fill
 
 
 def build_model(config: Config) -> LightningDiT:
@@ -73,7 +73,7 @@ def choose_memory(memory: str, model: LightningDiT, batch: int, precision: str, 
         return "none"
     for what in RECOMPUTE:
         estimate = memory_estimate(model, batch, precision, what)
-        if estimate.total - estimate.weights <= _USABLE * free:
+        if estimate.total - estimate.weights <= USABLE * free:
             return what
     return RECOMPUTE[-1]
 

@@ -25,6 +25,7 @@ from fastasync.training.engine import build_engine
 from fastasync.training.graph import Part
 from fastasync.training.interrupt import Interrupted, StopSignal, only_process
 from fastasync.training.metrics import MetricsLog, Stopwatch, Tally, TallyReading, peak_flops, peak_memory
+from fastasync.training.out_of_memory import explained_training
 from fastasync.training.start import load_starting_weights
 from fastasync.training.step import step_function
 from fastasync.training.watchdog import Watchdog
@@ -72,7 +73,8 @@ def train(
     A CPU run that was stopped at any moment and resumed ends bit for bit where an uninterrupted one does.
 
     Raises:
-        UserError: the data or what is in ``out_dir`` does not fit the configuration, or the disk is full.
+        UserError: the data or what is in ``out_dir`` does not fit the configuration, the disk is full, or the device
+            is out of memory.
         TrainingError: three steps in a row had a non-finite gradient, or a weight became non-finite.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved (exit code 75).
     """
@@ -99,6 +101,7 @@ def train(
         torch.manual_seed(seed)
         model = build_model(config)
         started_from = load_starting_weights(model, out)
+        stack.enter_context(explained_training(config, model, device))
         engine = build_engine(model, config, device)
 
         def open_folder() -> Path | None:
