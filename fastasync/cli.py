@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import select
@@ -35,6 +36,9 @@ _WORK = {
 }
 
 _SIGPIPE = 13
+
+# What a file or its disk refuses, where nobody nearer to it has said so better.
+_DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP)
 
 # Commands of other modules: what --help says here, and the module whose add_parser knows their options.  It is imported
 # only when its command is asked for, so that `fastasync --help` is quick and needs no optional package.
@@ -100,6 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if session().says_first(line):
             print(f"fastasync: error: {line}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        line = f"{error.filename or 'a file'}: {error.strerror}: check its permissions, its disk and the space there"
+        if session().says_first(line):
+            print(f"fastasync: error: {line}", file=sys.stderr)
+        return UserError.exit_code
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
             raise

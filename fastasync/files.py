@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,17 +42,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         finally:
             os.close(directory)
     except (OSError, SafetensorError) as error:
-        # safetensors reports the operating system's error as text only
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        number = error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 str(path), "no space left on the device", "free some and run the same command again"
             ) from None
-        if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(str(path), error.strerror, "choose a folder that can be written to") from None  # type: ignore[union-attr]
+        if number in (errno.EFBIG, errno.EIO):
+            remedy = "check the disk and its limits, and run the same command again"
+            raise UserError(str(path), os.strerror(number), remedy) from None
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(str(path), os.strerror(number), "choose a folder that can be written to") from None
         raise
     finally:
         with suppress(NotADirectoryError):  # a file stands where the folder should be
             partial.unlink(missing_ok=True)
+
+
+def error_number(error: OSError | SafetensorError) -> int | None:
+    """The operating system's number of an error; safetensors reports it within its text only."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(found.group(1)) if found else None)
 
 
 def remove_partials(directory: str | Path) -> None:

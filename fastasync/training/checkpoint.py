@@ -38,7 +38,7 @@ from torch import Tensor
 from fastasync.config import Config, config_from_dict, differences, flatten
 from fastasync.distributed import OtherRankFailed
 from fastasync.errors import UserError
-from fastasync.files import sha256_file
+from fastasync.files import error_number, sha256_file
 from fastasync.model import LightningDiT
 from fastasync.schedule import Schedule, schedule_from_json
 from fastasync.training.build import build_model
@@ -264,11 +264,11 @@ def _explained(root: Path, part: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        # safetensors reports the operating system's error as text only
         if not isinstance(error, (OSError, SafetensorError)):
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        what = "no space left on the device" if full else getattr(error, "strerror", None) or str(error)
+        number = error_number(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left on the device" if full else os.strerror(number) if number else str(error)
         remedy = "free some and run again" if full else "choose a folder that can be written to, or check the disk"
         good = newest(root).path
         kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"

@@ -317,6 +317,7 @@ def check_deepspeed(config: Config, world: int) -> None:
     """Everything about a DeepSpeed run that can be refused before it starts.  Raises UserError."""
     train = config.train
     split_positions(train.batch, world, 0, train.accumulate)
+    require("deepspeed", "deepspeed")
     deepspeed_json(config, world)
     if train.optimizer == "apex":
         raise UserError("train.optimizer", "apex", "keeps no step count of its own: use auto, fused or torch here")

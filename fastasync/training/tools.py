@@ -56,8 +56,9 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
     loaded = checkpoint.load_model(source, ema=ema)
     if out.is_dir():
         raise UserError("OUT", out, "is a folder: give the file to write")
-    with atomic_path(out) as partial:
-        torch.save(export_state(loaded.model), partial)
+    # a stream: given a path, torch reports what the system refuses as a RuntimeError
+    with atomic_path(out) as partial, open(partial, "wb") as stream:
+        torch.save(export_state(loaded.model), stream)
     return out
 
 

@@ -1,0 +1,288 @@
+"""The whole command line on folders that cannot be read or written, full disks and damaged files: one line, exit code
+2, and nothing lost or half-written."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastasync.cli import main
+from fastasync.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+NOBODY = 65534
+ENCODE = ["--representations", "texture,lowfreq", "--size", "32", "--grid", "8", "--backend", "pil", "--device", "cpu",
+          "--shard-size", "8", "--batch", "8", "--workers", "1"]  # fmt: skip
+TRAIN = [
+    "data.dataset=latents", "representations.names=texture,lowfreq", "representations.channels=48,3",
+    "representations.grid=8", "schedule.name=offset:0.3", "schedule.baselines=", "model.depth=1", "model.width=32",
+    "model.heads=2", "model.classes=2", "train.batch=8", "train.steps=4", "train.checkpoint_every=2",
+    "train.log_every=1", "train.device=cpu", "data.flip=false",
+]  # fmt: skip
+SEMVAE = ["--device", "cpu", "--grid", "2", "--steps", "4", "--batch", "8", "--width", "8", "--depth", "1", "--heads",
+          "2", "--channels", "2", "--held-out", "4"]  # fmt: skip
+
+
+@pytest.fixture
+def place():
+    """A folder that other users may enter, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp(prefix="fastasync-test-"))
+    folder.chmod(0o755)
+    yield folder
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def images(place):
+    """Twelve images of two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        folder = place / "images" / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return place / "images"
+
+
+@pytest.fixture
+def latents(place, images):
+    assert main(["encode", str(images), "--out", str(place / "latents"), *ENCODE]) == 0
+    return place / "latents"
+
+
+@contextmanager
+def without_rights():
+    """As a user who may write nothing of ours (root may read and write everything)."""
+    if os.geteuid():
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def train(latents, out, *more, stage="train"):
+    settings = [part for setting in (*TRAIN, f"data.root={latents}", *more) for part in ("--set", setting)]
+    return [stage, "--preset", "digits", "--out", str(out), *settings]
+
+
+def refused(capsys, arguments, *says):
+    """Exit code 2, one line that says all of ``says``."""
+    capsys.readouterr()
+    assert main([str(part) for part in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastasync: ")]
+    assert len(lines) == 1, lines
+    for text in ("fastasync: error: ", *says):
+        assert text in lines[0], lines
+    return lines[0]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- rights ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_cannot_be_written(place, images, latents, capsys):
+    """Every command that writes; root's own folder is read-only to who runs it."""
+    locked = place / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    assert main(train(latents, place / "run")) == 0
+    before = contents(place)
+    features = ["train-semvae", "--features", place / "features", *SEMVAE]
+    make_features(place / "features")
+    with without_rights():
+        for out in (locked / "out", place / "run"):
+            refused(capsys, train(latents, out, "train.steps=6"), str(out), "Permission denied")
+        refused(capsys, ["encode", images, "--out", locked / "out", *ENCODE], "locked/out", "Permission denied")
+        refused(capsys, ["encode", images, "--out", latents, *ENCODE], str(latents), "Permission denied")
+        refused(capsys, ["check-images", images, "--list", locked / "bad.txt"], "bad.txt", "Permission denied")
+        refused(capsys, [*features, "--out", locked / "semvae"], "locked/semvae", "Permission denied")
+        refused(capsys, ["convert", place / "run", locked / "a.pt"], "locked/a.pt", "Permission denied")
+        refused(capsys, ["sample", "--out", place / "run"], str(place / "run"), "Permission denied")
+        refused(capsys, ["report", "--out", place / "run"], str(place / "run"), "Permission denied")
+    shutil.rmtree(place / "features")
+    assert contents(place) == before
+    assert list(locked.iterdir()) == []
+
+
+def make_features(folder):
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {"feats_dino": torch.randn(40, 6, 2, 2), "labels": torch.arange(40) % 2}
+    save_file(tensors, folder / "a.safetensors")
+    (folder / "a.safetensors").chmod(0o644)
+
+
+def test_folders_and_files_that_cannot_be_read(place, images, latents, capsys):
+    """What is not ours to read is named by every command that would."""
+    assert main(train(latents, place / "run")) == 0
+    mine = place / "mine"
+    mine.mkdir()
+    mine.chmod(0o777)
+    (images / "class 1").chmod(0o000)
+    (images / "class 0" / "4.png").chmod(0o000)
+    (latents / "shard-00001.safetensors").chmod(0o000)
+    (place / "run" / "config.yaml").chmod(0o000)
+    with without_rights():
+        encode = ["encode", "--out", mine / "out", *ENCODE]
+        refused(capsys, [*encode, images], "class 1", "Permission denied")
+        refused(capsys, train(latents, mine / "out"), "shard-00001.safetensors", "Permission denied")
+        refused(capsys, ["train", "--out", place / "run"], "config.yaml", "Permission denied")
+    (images / "class 1").chmod(0o755)
+    latents.chmod(0o000)
+    (place / "run" / "config.yaml").chmod(0o644)
+    (place / "run" / "checkpoints").chmod(0o000)
+    with without_rights():
+        refused(capsys, [*encode, images], "class 0/4.png", "Permission denied")
+        refused(capsys, train(latents, mine / "out"), str(latents), "Permission denied")
+        refused(capsys, ["check-latents", latents], str(latents), "Permission denied")
+        refused(capsys, ["verify", place / "run"], "checkpoints", "Permission denied")
+        refused(capsys, ["convert", place / "run", mine / "a.pt"], "checkpoints", "Permission denied")
+    assert list(mine.iterdir()) == []
+    latents.chmod(0o755)
+    images.chmod(0o000)
+    with without_rights():
+        refused(capsys, [*encode, images], str(images), "Permission denied")
+        refused(capsys, ["check-images", images, "--list", mine / "bad.txt"], str(images), "Permission denied")
+    assert list(mine.iterdir()) == []
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+def limited(size, *arguments):
+    """The command in a process whose files cannot grow beyond ``size`` bytes: a full disk, to who cannot mount one."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        [sys.executable, "-m", "fastasync", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths}, timeout=120, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+
+
+def said(done, *says):
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastasync: ")]
+    assert (done.returncode, len(lines)) == (2, 1), done.stderr
+    for text in ("fastasync: error: ", *says):
+        assert text in lines[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_while_encoding(place, images):
+    """Shards are 260 kB: nothing is left of the first; with room for them the same command ends well."""
+    done = limited(100_000, "encode", images, "--out", place / "out", *ENCODE)
+    said(done, "shard-00000.safetensors")
+    assert not (place / "out").exists()
+    assert main(["encode", str(images), "--out", str(place / "out"), *ENCODE]) == 0
+
+
+def test_a_disk_that_is_full_while_training(place, latents):
+    """No room for the first checkpoint; then for the third one; the same command goes on from what is good."""
+    out = place / "run"
+    done = limited(100_000, *train(latents, out))
+    said(done, "checkpoints/step_00000002.part", "there is no earlier checkpoint")
+    assert list((out / "checkpoints").iterdir()) == []
+    assert main(train(latents, out)) == 0
+    done = limited(100_000, *train(latents, out, "train.steps=6"))
+    good = out / "checkpoints" / "step_00000004"
+    said(done, f"the last good checkpoint is {good}")
+    assert checkpoint.newest(out / "checkpoints") == (good, [])
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    assert main(train(latents, out, "train.steps=6")) == 0
+    said(limited(100_000, "convert", out, place / "published.pt"), "published.pt")
+    assert not list(place.glob("*published*"))
+
+
+def test_a_disk_that_is_full_before_anything_is_there(place, latents, images):
+    """Not even the configuration, the list or the lock fits."""
+    for arguments in (
+        train(latents, place / "run"),
+        ["encode", images, "--out", place / "out", *ENCODE],
+        ["check-images", images, "--list", place / "bad.txt"],
+    ):
+        done = limited(10, *arguments)
+        said(done)
+    assert sorted(path.name for path in place.iterdir() if path.is_file()) == []
+    assert not (place / "out").exists()
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path, position=-20):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def test_damaged_latents_are_named_before_training(latents, tmp_path, capsys):
+    out = tmp_path / "run"
+    index, shard = latents / "index.json", latents / "shard-00001.safetensors"
+    good = {path: path.read_bytes() for path in (index, shard)}
+    flip(index)
+    refused(capsys, train(latents, out), "index.json: ", "delete it and run the same `fastasync encode` again")
+    index.write_bytes(good[index])
+    flip(shard, 20)
+    refused(capsys, train(latents, out), "shard-00001.safetensors")
+    flip(shard, 20)
+    flip(shard)  # in the numbers: only their hash tells
+    assert main(["check-latents", str(latents)]) == 1
+    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
+    shard.write_bytes(good[shard][:-5])
+    refused(capsys, train(latents, out), "shard-00001.safetensors", "cut short")
+    shard.unlink()
+    refused(capsys, train(latents, out), "shard-00001.safetensors: missing")
+    index.unlink()
+    refused(capsys, train(latents, out), "encoding has not finished: run `fastasync encode` (again)")
+    assert not out.exists()
+
+
+def test_more_and_fewer_classes_than_the_model(latents, tmp_path, capsys):
+    for classes in (1, 3):
+        arguments = train(latents, tmp_path / "run", f"model.classes={classes}")
+        refused(capsys, arguments, f"model.classes: {classes}", "has 2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_is_trained_and_sampled(images, tmp_path):
+    shutil.rmtree(images / "class 1")
+    latents, out = tmp_path / "latents", tmp_path / "run"
+    assert main(["encode", str(images), "--out", str(latents), *ENCODE]) == 0
+    one = ["model.classes=1", "train.batch=4", "representations.decoder=texture", "sample.count=3", "sample.steps=1"]
+    assert main(train(latents, out, *one)) == 0
+    assert main(train(latents, out, *one, stage="sample")) == 0
+    assert len(list(out.glob("samples/*/samples.npz"))) == 1
+
+
+def test_the_decoder_of_other_latents(latents, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(train(latents, out)) == 0
+    more = ["representations.decoder=texture2"]
+    refused(capsys, train(latents, out, *more, stage="sample"), "texture2")
+    assert not (out / "samples").exists()
+
+
+def test_deepspeed_missing_is_named_before_any_work(latents, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    arguments = train(latents, tmp_path / "run", "train.engine=deepspeed")
+    refused(capsys, arguments, "package deepspeed: not installed: install it with: pip install 'fastasync[deepspeed]'")
+    assert not (tmp_path / "run").exists()
