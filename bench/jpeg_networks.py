@@ -6,6 +6,7 @@ trained as a classifier with the images' labels.  Both are saved in the layouts 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,19 @@ from fastasync.representations.texture import to_float
 from fastasync.representations.vit import IMAGENET_MEAN, IMAGENET_STD
 from fastasync.representations.weights import import_model_package
 
+NEEDS = {"diffusers": "imagenet", "timm": "imagenet", "torchvision": "imagenet", "deepspeed": "deepspeed"}
 BATCH = 250  # images at a time where nothing is trained
 SHIFT = 4  # pixels: the classifier's augmentation
+
+
+def check_packages() -> None:
+    """UserError that names the extras of all missing packages; a line for DALI, without which Pillow reads."""
+    missing = {name: extra for name, extra in NEEDS.items() if importlib.util.find_spec(name) is None}
+    if missing:
+        extras = ",".join(sorted(set(missing.values())))
+        raise UserError("packages", f"{', '.join(missing)} not installed", f"pip install 'fastasync[{extras}]'")
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        print("nvidia.dali not installed (extra dali): Pillow reads the images")
 
 
 class Pictures(NamedTuple):

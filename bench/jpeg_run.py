@@ -9,7 +9,6 @@ command continues.  The last lines are a table; --record appends it to bench/res
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -35,6 +34,7 @@ from bench.jpeg_networks import (
     PatchClassifier,
     Pictures,
     autoencoder_loss,
+    check_packages,
     classifier_loss,
     fit,
     load_pictures,
@@ -61,7 +61,6 @@ from fastasync.representations.classifier import Classifier, ClassifierSettings,
 
 SIDE, GRID, CHANNELS = 64, 8, 16  # of the images, of the token grid, of each latent
 QUALITY, SHARDS = 95, 8
-NEEDS = {"diffusers": "imagenet", "timm": "imagenet", "torchvision": "imagenet", "deepspeed": "deepspeed"}
 
 
 @dataclass(frozen=True)
@@ -353,12 +352,8 @@ def report(work: Work) -> str:
         samples, labels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(arrays["labels"])
     real = work.test_pictures
     made = real._replace(images=work.autoencoder.decode(work.autoencoder.encode(real.images)))
-    parts = {
-        "held-out": (real, 2),
-        "autoencoder": (made, 2),
-        "samples": (Pictures(samples, labels, real.class_names), 5),
-    }
-    draw_picture(parts, work.out / "jpeg-run.png")
+    drawn = Pictures(samples, labels, real.class_names)
+    draw_picture({"held-out": (real, 1), "decoded": (made, 1), "samples": (drawn, 4)}, work.out / "jpeg-run.png")
     return f"{work.run / 'report.html'} and {work.out / 'jpeg-run.png'}"
 
 
@@ -367,16 +362,6 @@ STAGES: dict[str, Callable[[Work], str]] = {
     "train-semvae": train_semvae, "encode": encode, "check-latents": check_latents, "probe": probe, "train": train,
     "reference": reference, "sample": sample, "evaluate": score, "report": report,
 }  # fmt: skip
-
-
-def check_packages() -> None:
-    """UserError that names the extras of all missing packages; a line for DALI, without which Pillow reads."""
-    missing = {name: extra for name, extra in NEEDS.items() if importlib.util.find_spec(name) is None}
-    if missing:
-        extras = ",".join(sorted(set(missing.values())))
-        raise UserError("packages", f"{', '.join(missing)} not installed", f"pip install 'fastasync[{extras}]'")
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        print("nvidia.dali not installed (extra dali): Pillow reads the images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -88,7 +88,7 @@ def test_missing_packages_name_their_extras(tmp_path, monkeypatch, capsys):
     assert said.endswith("deepspeed not installed: pip install 'fastasync[deepspeed,imagenet]'\n")
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nvidia" else name)
-    jpeg_run.check_packages()
+    jpeg_networks.check_packages()
     assert "(extra dali): Pillow reads the images" in capsys.readouterr().out
 
 
@@ -116,7 +116,7 @@ def test_rows_are_recorded_once_and_the_picture_stays_small(tmp_path, monkeypatc
 
 def test_from_jpegs_to_scored_samples(tmp_path, monkeypatch, capsys):
     """Every stage with the public commands, one rank under DeepSpeed, without Inception; then nothing is left to do."""
-    for package in jpeg_run.NEEDS:
+    for package in jpeg_networks.NEEDS:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     monkeypatch.setattr(jpeg_run, "load_images", colours)
