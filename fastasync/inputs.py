@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastasync.config import Config
 from fastasync.data import ImageSet, Latents, load_images
+from fastasync.data.shard_loader import MappedLatents, open_latents
 from fastasync.errors import UserError, unknown_name
 from fastasync.evaluation import (
     ClassifierFeatures,
@@ -68,16 +69,15 @@ def open_inputs(run: Run, device: torch.device, say: Say = print) -> Inputs:
     return _from_images(run, device, say)
 
 
-def check_inputs(config: Config) -> int:
+def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
     """What can be said about the data before any work; returns the FLOPs of C's features for one image.
 
+    ``latents``: the configuration's folder, where it is open already.
     Raises UserError: missing or damaged data, a batch larger than the set, other classes, unknown representations.
     """
     reps = config.representations
     if config.data.dataset == "latents":
-        from fastasync.data.shard_loader import open_latents
-
-        latents = open_latents(
+        latents = latents or open_latents(
             config.data.root, features=config.objective.repa_weight > 0, classes=config.model.classes
         )
         count, classes, where, mirrored = len(latents), latents.classes, config.data.root, latents.mirrored
@@ -218,8 +218,6 @@ def _reference_features(
 
 
 def _from_latents(config: Config, device: torch.device) -> Inputs:
-    from fastasync.data.shard_loader import open_latents
-
     reps, settings = config.representations, config.evaluate
     latents = open_latents(
         config.data.root, device, features=config.objective.repa_weight > 0, classes=config.model.classes

@@ -67,9 +67,11 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     """
     choose_ops(config.model.kernels, choose_device(config.train.device))
     schedules = check_schedules(config)
-    selection_flops = check_inputs(config)
-    if config.data.dataset == "latents":
-        with open_latents(config.data.root, features=config.objective.repa_weight > 0) as latents:
+    images, classes = config.data.dataset != "latents", config.model.classes
+    selection_flops = check_inputs(config) if images else 0
+    if not images:
+        with open_latents(config.data.root, features=config.objective.repa_weight > 0, classes=classes) as latents:
+            check_inputs(config, latents)  # opened once: on a slow disk that takes its time
             check_data(config, latents)
     elif config.objective.repa_weight:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")

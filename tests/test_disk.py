@@ -286,3 +286,39 @@ def test_deepspeed_missing_is_named_before_any_work(latents, tmp_path, capsys, m
     arguments = train(latents, tmp_path / "run", "train.engine=deepspeed")
     refused(capsys, arguments, "package deepspeed: not installed: install it with: pip install 'fastasync[deepspeed]'")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_of_latents_is_opened_twice_in_all(latents, tmp_path, monkeypatch):
+    """Once to check it before anything is written, once to train on."""
+    from fastasync import inputs, stages
+
+    opened = []
+    for module in (inputs, stages):
+
+        def count(*arguments, original=module.open_latents, **options):
+            opened.append(arguments)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, "open_latents", count)
+    assert main(train(latents, tmp_path / "run")) == 0
+    assert len(opened) == 2
+
+
+def test_a_published_folder(tmp_path, capsys):
+    """SFD's layout, with no image of the last class; refused without statistics, or with more classes than the model."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder, out = tmp_path / "sfd", tmp_path / "run"
+    folder.mkdir()
+    shapes = {"latents": (48, 8, 8), "latents_sv": (3, 8, 8)}
+    tensors = {name: torch.randn(12, *shape) for name, shape in shapes.items()}
+    save_file({**tensors, "labels": torch.arange(12) % 3}, folder / "latents_rank00_shard000.safetensors")
+    published = train(folder, out, "representations.names=texture,semantic", "model.classes=4")
+    for name, (channels, _, _) in shapes.items():
+        refused(capsys, published, f"{name}_stats.pt: missing: the latents cannot be normalised")
+        statistics = {"mean": torch.zeros(1, channels, 1, 1), "std": torch.ones(1, channels, 1, 1)}
+        torch.save(statistics, folder / f"{name}_stats.pt")
+    refused(capsys, [*published, "--set", "model.classes=2"], "label of image 2: 2: must be in 0..1")
+    assert not out.exists()
+    assert main(published) == 0
