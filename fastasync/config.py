@@ -32,6 +32,8 @@ class Data:
     root: str = "data"
     seed: int = _number(0, 0, 2**63 - 1)
     flip: bool = False
+    images: str = ""  # objective.repa_source=online: the images that root was encoded from
+    skip_bad: str = ""  # and the list of bad files that encoding left out
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class ObjectiveChoice:
     loss_weights: tuple[float, ...] = ()
     cosine_weight: float = _number(0.0, 0.0)
     repa_weight: float = _number(0.0, 0.0)
+    repa_source: str = _choice("cached", "cached", "online")  # online: the ViT runs in the step, on data.images
+    repa_vit: str = "vit_base_patch14_reg4_dinov2"  # online: a timm model
+    repa_vit_weights: str = ""  # online: its file
+
+    @property
+    def cached_features(self) -> bool:
+        """Whether training reads REPA's features with the latents."""
+        return self.repa_weight > 0 and self.repa_source == "cached"
 
 
 @dataclass(frozen=True)
@@ -202,6 +212,8 @@ class Config:
 # May change between invocations on one run directory: they do not alter what was trained.
 FREE_FIELDS = (
     "data.root",
+    "data.images",
+    "data.skip_bad",
     "schedule.baselines",
     "model.kernels",
     "model.attention",

@@ -349,14 +349,14 @@ def encode_command(arguments: argparse.Namespace) -> int:
     )
     local = _from_environment(None, 0, "LOCAL_RANK", "SLURM_LOCALID")
     device = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    features = None
+    bundle, features = _bundle(arguments), None
     if arguments.repa_vit:
         from fastasync.representations.vit import FrozenViT, TokenFeatures
 
-        features = TokenFeatures(FrozenViT(arguments.grid, arguments.repa_vit, arguments.repa_weights or "").to(device))
+        features = TokenFeatures(FrozenViT(bundle.grid, arguments.repa_vit, arguments.repa_weights or "").to(device))
     report = encode(
         source,
-        _bundle(arguments),
+        bundle,
         arguments.out,
         features=features,
         shard_size=arguments.shard_size,

@@ -78,7 +78,7 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
     reps = config.representations
     if config.data.dataset == "latents":
         latents = latents or open_latents(
-            config.data.root, features=config.objective.repa_weight > 0, classes=config.model.classes
+            config.data.root, features=config.objective.cached_features, classes=config.model.classes
         )
         count, classes, where, mirrored = len(latents), latents.classes, config.data.root, latents.mirrored
         reordered = latents.names != reps.names and sorted(latents.names) == sorted(reps.names)
@@ -220,7 +220,7 @@ def _reference_features(
 def _from_latents(config: Config, device: torch.device) -> Inputs:
     reps, settings = config.representations, config.evaluate
     latents = open_latents(
-        config.data.root, device, features=config.objective.repa_weight > 0, classes=config.model.classes
+        config.data.root, device, features=config.objective.cached_features, classes=config.model.classes
     )
     mean = torch.tensor(latents.statistics.mean, device=device).float()[: reps.channels[0], None, None]
     std = torch.tensor(latents.statistics.std, device=device).float()[: reps.channels[0], None, None]

@@ -38,6 +38,7 @@ from fastasync.training import build_model, checkpoint, load_model, train
 from fastasync.training.build import choose_autocast, choose_device, choose_ops
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
+from fastasync.training.repa import repa_costs, repa_features
 from fastasync.training.sinks import wandb_package
 
 Say = Callable[[str], None]
@@ -70,9 +71,11 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     images, classes = config.data.dataset != "latents", config.model.classes
     selection_flops = check_inputs(config) if images else 0
     if not images:
-        with open_latents(config.data.root, features=config.objective.repa_weight > 0, classes=classes) as latents:
+        with open_latents(config.data.root, features=config.objective.cached_features, classes=classes) as latents:
             check_inputs(config, latents)  # opened once: on a slow disk that takes its time
             check_data(config, latents)
+            if config.objective.repa_source == "cached" or "train" in stages:
+                repa_features(config, latents)
     elif config.objective.repa_weight:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
     if "learned" in schedules and "probe" in stages:
@@ -370,6 +373,8 @@ def summary(config: Config) -> dict[str, Any]:
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
             f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS) / 2**30 for stage in range(4)
         }
+    if config.data.dataset == "latents" and config.model.repa_width:
+        facts |= repa_costs(config, per_step)
     if learns:
         try:
             selection_flops = check_inputs(config)

@@ -17,8 +17,19 @@ from fastasync.data.shard_loader import ShardLatents
 from fastasync.data.shards import check_latents, read_index
 from fastasync.encode import add_parser, encode
 from fastasync.errors import UserError
-from fastasync.images import open_source
-from fastasync.representations import Bundle, Representation, build, load_plugin, with_statistics
+from fastasync.images import open_images, open_source
+from fastasync.representations import (
+    Bundle,
+    ClassifierSettings,
+    Recipe,
+    Representation,
+    build,
+    load_plugin,
+    load_prepared,
+    prepare,
+    with_statistics,
+)
+from fastasync.representations.weights import import_model_package
 
 COUNT = 26
 PLUGIN = '''
@@ -428,6 +439,34 @@ def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, m
     path.write_bytes(data)
     assert command("check-latents", out) == 1
     assert "shard-00001.safetensors: altered" in capsys.readouterr().out
+
+
+def test_the_representations_of_a_prepared_folder(tree, tmp_path, command, images, capsys):
+    """--prepared: its trained encoders, its crop and its grid, whatever --size and --grid say."""
+    semvae = {"channels": 3, "semvae": {"width": 16, "heads": 2, "steps": 4, "batch": 8}}
+    recipe = Recipe(2, ClassifierSettings(widths=(8, 16, 16), steps=4, batch=8), {"semantic": semvae})
+    plugin = tmp_path / "brightness.py"
+    plugin.write_text(PLUGIN)
+    names = ("texture", "semantic", "brightness")
+    prepare(images, tmp_path / "prepared", names, test_set=images, recipe=recipe, plugins=[plugin], progress=False)
+    out, ours = tmp_path / "out", ("--prepared", tmp_path / "prepared")
+    vit = ("--repa-vit", "test_vit", "--repa-weights", tmp_path / "vit.pth")
+    torch.save(import_model_package("timm").create_model("test_vit", num_classes=0).state_dict(), vit[-1])
+    assert command("encode", tree, "--out", out, *SMALL, *ours, *vit, "--size", 256, "--grid", 16) == 0
+    assert command("check-latents", out) == 0
+    encoding, prepared = read_index(out).encoding, load_prepared(tmp_path / "prepared").bundle
+    assert (encoding.names, encoding.grid, encoding.image_shape) == (names, 2, (3, 8, 8))
+    assert encoding.features_shape == (4, 64)
+    latents = ShardLatents(out, bundle=prepared, features=True)  # refuses those of other encoders
+    (batch,) = open_images(open_source(tree), 8, 7, "pil")
+    ours_now = Bundle(prepared.representations, latents.statistics)
+    for flips, pixels in ((None, batch.images), (torch.ones(7, dtype=torch.bool), batch.flipped)):
+        z, _ = latents.batch(torch.arange(7), flips)
+        torch.testing.assert_close(z, ours_now.normalise(prepared.encode(pixels)), rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"none: no prepared.json in it: not a prepared folder"):
+        command("encode", tree, "--out", tmp_path / "other", *SMALL, "--prepared", tmp_path / "none")
+    assert not (tmp_path / "other").exists()
 
 
 def test_bad_images_are_named_or_left_out(tree, tmp_path, command, capsys):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.config import Config
@@ -26,6 +25,7 @@ from fastasync.training.graph import Part
 from fastasync.training.interrupt import Interrupted, StopSignal, only_process
 from fastasync.training.metrics import MetricsLog, Stopwatch, Tally, TallyReading, peak_flops, peak_memory
 from fastasync.training.out_of_memory import explained_training
+from fastasync.training.repa import OnlineFeatures, repa_features
 from fastasync.training.start import load_starting_weights
 from fastasync.training.step import step_function
 from fastasync.training.watchdog import Watchdog
@@ -82,7 +82,8 @@ def train(
     root, messages, record = out / checkpoint.FOLDER, [], None
     device = choose_device(settings.device)
     ops, objective = choose_ops(config.model.kernels, device), build_objective(config)
-    features_of = check_data(config, latents)
+    check_data(config, latents)
+    features_of = repa_features(config, latents)
 
     def show(line: str) -> None:
         (say or (lambda text: tqdm.write(text, file=sys.stderr)))(line)
@@ -139,9 +140,13 @@ def train(
         watchdog = stack.enter_context(Watchdog(settings.stall_minutes, show, engine.rank))
         places = [(where, where.to(device)) for where in engine.positions()]
         flops, peak = train_flops(engine.model), peak_flops(device)
-        if hasattr(latents, "prefetch"):  # latents on disk are gathered ahead, in the order in which they are needed
-            calls = training_calls([where for where, _ in places], settings.batch, len(latents), seed, config.data.flip)
-            latents.prefetch(calls, step * len(places), settings.steps * len(places))
+        # what is on disk is gathered ahead, in the order in which it is needed
+        calls = training_calls([where for where, _ in places], settings.batch, len(latents), seed, config.data.flip)
+        needed = (step * len(places), settings.steps * len(places))
+        if hasattr(latents, "prefetch"):
+            latents.prefetch(calls, *needed)
+        if isinstance(features_of, OnlineFeatures):
+            stack.enter_context(features_of.reading(calls, *needed))
 
         def halt(what: str, terms: dict[str, float | None]) -> TrainingError:
             numbers = {"learning rate": learning_rate(config, step - 1), **terms}
@@ -246,8 +251,8 @@ def _names(config: Config) -> list[str]:
     return ["loss", *(f"loss/{name}" for name in config.representations.names), "cosine", "repa"]
 
 
-def check_data(config: Config, latents: Latents) -> Callable[..., Tensor] | None:
-    """Raise UserError unless the latents fit the configuration; returns what gives REPA's features, or None."""
+def check_data(config: Config, latents: Latents) -> None:
+    """Raise UserError unless the latents fit the configuration."""
     representations, count = config.representations, len(latents)
     if config.train.batch > count:
         raise UserError("train.batch", config.train.batch, f"is larger than the set: give at most {count}")
@@ -261,18 +266,3 @@ def check_data(config: Config, latents: Latents) -> Callable[..., Tensor] | None
             f"C, H, W = {expected}",
             f"the latents are {tuple(z.shape[1:])}: prepare them again",
         )
-    if not config.objective.repa_weight:
-        return None
-    if not config.model.repa_width:
-        raise UserError("model.repa_width", 0, "objective.repa_weight needs a projector: give the features' width")
-    features = getattr(latents, "features", None)
-    if features is None:
-        raise UserError(
-            "objective.repa_weight", config.objective.repa_weight, "these latents hold no features: set it to 0"
-        )
-    tokens, width = features(torch.zeros(1, dtype=torch.int64), None).shape[1:]
-    if width != config.model.repa_width:
-        raise UserError("model.repa_width", config.model.repa_width, f"the features' width is {width}: give that")
-    if tokens != (made := (representations.grid // config.model.patch) ** 2):
-        raise UserError("model.patch", config.model.patch, f"makes {made} tokens, the features have {tokens}")
-    return features
