@@ -305,7 +305,7 @@ def test_the_folder_of_latents_is_opened_twice_in_all(latents, tmp_path, monkeyp
 
 
 def test_a_published_folder(tmp_path, capsys):
-    """SFD's layout, with no image of the last class; refused without statistics, or with more classes than the model."""
+    """SFD's layout, no image of the last class; refused without statistics, or with more classes than the model."""
     import torch
     from safetensors.torch import save_file
 

@@ -14,6 +14,7 @@ parameter, four collectives of its size (weight, EMA, two moments: 16 bytes), an
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import warnings
@@ -28,7 +29,7 @@ from torch import Tensor, distributed, nn
 
 from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
-from fastasync.errors import UserError, require
+from fastasync.errors import UserError, not_installed, require
 from fastasync.model import LightningDiT
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.optim import build_optimizer
@@ -313,11 +314,20 @@ class DeepSpeedEngine:
                 table.copy_(read[MODEL](name))
 
 
+def _installed(package: str) -> bool:
+    """Whether it can be imported; without doing so, which takes seconds and prints lines."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it stands among the imported modules, as None
+        return False
+
+
 def check_deepspeed(config: Config, world: int) -> None:
     """Everything about a DeepSpeed run that can be refused before it starts.  Raises UserError."""
     train = config.train
     split_positions(train.batch, world, 0, train.accumulate)
-    require("deepspeed", "deepspeed")
+    if not _installed("deepspeed"):
+        raise not_installed("deepspeed", "deepspeed")
     deepspeed_json(config, world)
     if train.optimizer == "apex":
         raise UserError("train.optimizer", "apex", "keeps no step count of its own: use auto, fused or torch here")
