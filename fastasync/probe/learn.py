@@ -315,7 +315,6 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
                 sample_flops=_sample_flops(config, job.forward),
                 budget=budget,
                 allowance=min(job.plan.sample_flops, budget.left),
-                seed=probe.seed,
                 progress=job.progress,
             )
         schedule, candidates = found.schedule, found.rows
