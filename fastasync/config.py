@@ -149,7 +149,8 @@ class Sample:
 
     count: int = _number(1000, 1)
     batch: int = _number(500, 1)
-    integrator: str = _choice("heun", "euler", "heun", "dopri5")
+    integrator: str = _choice("heun", "euler", "heun", "heun_euler", "dopri5")
+    grid_power: float = _number(1.0, 0.1, 10.0)  # of the time grid: above 1, steps shrink towards the data
     steps: tuple[int, ...] = (25,)  # one figure for each
     labels: str = _choice("balanced", "balanced", "random")
     classes: tuple[int, ...] = ()  # only these; (): all

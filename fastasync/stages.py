@@ -225,7 +225,7 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
                 labels,
                 channels=model.channels,
                 side=model.grid,
-                grid=sampling.uniform_grid(steps),
+                grid=sampling.time_grid(steps, sample.grid_power),
                 method=sample.integrator,
                 seed=sample.seed,
                 device=device,
@@ -236,7 +236,7 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
         protocol = {
             "schedule": run.config.schedule.name,
             "schedule_fingerprint": schedule.fingerprint,
-            "integrator": sample.integrator,
+            "integrator": sample.integrator + (f" grid power {sample.grid_power:g}" if sample.grid_power != 1 else ""),
             "steps": steps,
             "guidance": guidance,
             "labels": sample.labels,

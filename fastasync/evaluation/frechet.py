@@ -154,3 +154,26 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     overlap = torch.linalg.svdvals(half_a @ half_b.T).sum() if len(half_a) and len(half_b) else torch.zeros(())
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)
+
+
+def frechet_influence(features: Tensor, reference: GaussianStatistics) -> Tensor:
+    """What each sample contributes to the Frechet distance of its set: features [N, D] -> float64 [N], mean about 0.
+
+    The distance's first-order change when a little weight is moved to the sample (its influence function).  With T the
+    optimal transport map from the features' Gaussian to the reference's,
+
+        2 (m - m_r) . (x - m) + (x - m)^T (I - T) (x - m) - tr((I - T) S)
+
+    ``std / sqrt(N)`` is the distance's standard error, and that of the difference of two sets' values sample by sample
+    is the standard error of the difference of their distances (common random numbers included).
+    """
+    x = features.detach().double().cpu()
+    mean = x.mean(0)
+    centred = x - mean
+    cov = centred.T @ centred / (len(x) - 1)
+    half = _half(reference.cov)
+    values, vectors = torch.linalg.eigh(half @ cov @ half.T)
+    keep = values > max(float(values[-1]), 0.0) * len(values) * torch.finfo(values.dtype).eps
+    root = (vectors[:, keep] * values[keep].pow(-0.25)).T @ half  # root^T root = T
+    spread = centred.square().sum(1) - (centred @ root.T).square().sum(1)
+    return 2 * centred @ (mean - reference.mean) + spread - spread.mean()

@@ -58,7 +58,7 @@ class Protocol:
         extractor_fingerprint: sha256 of its weights.
         schedule: name of the schedule.
         schedule_fingerprint: hash of its parameters.
-        integrator: euler, heun, dopri5.
+        integrator: euler, heun, heun_euler, dopri5, and the grid's power where it is not 1.
         function_evaluations: network evaluations per image (the mean, for an adaptive integrator).
         guidance: kind, scales and interval in words, e.g. ``none`` or ``autoguidance 1.5``.
         labels: ``balanced`` or ``random``.

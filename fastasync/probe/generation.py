@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fastasync.data import Latents
 from fastasync.errors import UserError
-from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance
+from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance, frechet_influence
 from fastasync.probe.budget import Budget
 from fastasync.schedule import ConvexSchedule, OffsetSchedule, PowerSchedule, Schedule, cascade, offset, synchronous
 
@@ -29,7 +29,6 @@ MAX_SAMPLES = 10_000  # of the last round: more would not change the choice
 MIN_CANDIDATES = 4
 REFINE_SHARE = 0.25  # of the samples, for the local refinement
 LEAST_SAMPLES = math.ceil(1.5 * MIN_CANDIDATES * MIN_SAMPLES / (1 - REFINE_SHARE))  # that a search can do with
-_BOOTSTRAPS = 24
 _REFERENCE_SAMPLES = 10_000
 
 
@@ -199,7 +198,7 @@ class _Candidate:
 
 class GenerationResult(NamedTuple):
     """The chosen schedule and its label; one row per candidate (score after each round); ``noise``: standard deviation
-    of the difference in score between the last round's winner and runner-up (paired bootstrap)."""
+    of the difference in score between the last round's winner and runner-up (to the first order, pair by pair)."""
 
     schedule: Schedule
     label: str
@@ -207,16 +206,10 @@ class GenerationResult(NamedTuple):
     noise: float
 
 
-def difference_noise(first: Tensor, second: Tensor, reference: GaussianStatistics, seed: int) -> float:
-    """Standard deviation of the difference of two candidates' distances, features [N, D] of the same samples: bootstrap
-    over samples, the same draw for both."""
-    generator = torch.Generator().manual_seed(seed)
-    differences = []
-    for _ in range(_BOOTSTRAPS):
-        draw = torch.randint(len(first), (len(first),), generator=generator)
-        a, b = (frechet_distance(gaussian_statistics(part[draw]), reference) for part in (first, second))
-        differences.append(a - b)
-    return float(torch.tensor(differences).std())
+def difference_noise(first: Tensor, second: Tensor, reference: GaussianStatistics) -> float:
+    """Standard error of the difference of two candidates' distances, features [N, D] of the same samples."""
+    difference = frechet_influence(first, reference) - frechet_influence(second, reference)
+    return float(difference.std()) / math.sqrt(len(difference))
 
 
 def search(
@@ -228,7 +221,6 @@ def search(
     sample_flops: float,
     budget: Budget,
     allowance: float,
-    seed: int,
     progress: bool = True,
 ) -> GenerationResult:
     """Successive halving over ``candidates``, then a local refinement around the winner.
@@ -281,7 +273,7 @@ def search(
     winner, count = alive[0], plan.rounds[-1][1]
 
     def noise_against(other: _Candidate) -> float:
-        return difference_noise(torch.cat(winner.features), torch.cat(other.features), scorer.reference, seed)
+        return difference_noise(torch.cat(winner.features), torch.cat(other.features), scorer.reference)
 
     noise = noise_against(alive[1]) if len(alive) > 1 else 0.0
 

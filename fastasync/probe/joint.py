@@ -25,7 +25,7 @@ from fastasync.densities import Density
 from fastasync.model import LightningDiT
 from fastasync.objective import draw_times, mixture_component, stratified
 from fastasync.probe.budget import JOINT_WARMUP
-from fastasync.probe.network import Trainer, autocast, check_finite, training_batch
+from fastasync.probe.network import Trainer, autocast, check_finite, drop_some, training_batch
 from fastasync.probe.surface import starting_points
 from fastasync.schedule import ConvexSchedule, Schedule, kinetic_energy
 
@@ -168,6 +168,7 @@ def learn_jointly(
     bar = tqdm(range(steps), desc="joint probe", unit="step", disable=not progress)
     for step in bar:
         z, y = training_batch(config, latents, step, device)
+        y = drop_some(y, config, step, samples)
         # 1. the network, along every schedule as it is now: corrected loss, mixture proposal
         times = [
             draw_times(

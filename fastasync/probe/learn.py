@@ -31,7 +31,7 @@ from fastasync.probe.network import Errors, autocast, build_probe, surface_error
 from fastasync.probe.oracle import best_path
 from fastasync.probe.surface import LossSurface, sweep
 from fastasync.sampling.generate import initial_noise, sample_labels
-from fastasync.sampling.integrators import evaluations, integrate, uniform_grid
+from fastasync.sampling.integrators import evaluations, integrate, time_grid
 from fastasync.schedule import Schedule, schedule_from_json
 
 RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
@@ -252,7 +252,7 @@ def _fingerprint(config: Config, latents: Latents, planned_flops: float, oracle:
     z, y = latents.batch(torch.arange(min(len(latents), 64)))
     sections = (config.representations, config.probe)
     model = (config.model.classes, config.model.patch, config.model.label_dropout)
-    sampling = (config.sample.integrator, config.objective.density, config.data.flip)
+    sampling = (config.sample.integrator, config.sample.grid_power, config.objective.density, config.data.flip)
     facts = [asdict(section) for section in sections]
     return digest_tensors({"z": z, "y": y}, facts, model, sampling, len(latents), planned_flops, oracle)[:16]
 
@@ -315,7 +315,6 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
                 sample_flops=_sample_flops(config, job.forward),
                 budget=budget,
                 allowance=min(job.plan.sample_flops, budget.left),
-                seed=probe.seed,
                 progress=job.progress,
             )
         schedule, candidates = found.schedule, found.rows
@@ -375,7 +374,7 @@ def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Te
     """Latents of the samples ``indices`` along a schedule: the same noise and labels for every schedule."""
     config, reps = job.config, job.config.representations
     ops = fastasync_kernels.select(config.model.kernels, job.device)
-    grid, parts = uniform_grid(config.probe.sampling_steps), []
+    grid, parts = time_grid(config.probe.sampling_steps, config.sample.grid_power), []
     for part in indices.split(config.sample.batch):
         labels = sample_labels(part, range(config.model.classes), "balanced", config.probe.seed)
         noise = initial_noise(part.to(job.device), (sum(reps.channels), reps.grid, reps.grid), config.probe.seed)

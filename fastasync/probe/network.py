@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from tqdm import tqdm
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, draw_flips
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, drop_labels
+from fastasync.model import LightningDiT, drop_labels, train_flops
 from fastasync.objective import TIME_STREAM
+from fastasync.training.graph import LAUNCH_BOUND, GraphedStep, Part
 
 CLIP = 1.0  # largest gradient norm
 WARMUP = 0.05  # of the steps, linear; then the rate falls to zero along a cosine
@@ -79,40 +81,59 @@ class Trainer:
         self.model, self.steps, self.done = model, steps, 0
         self.weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
         self.average = [weight.detach().clone() for weight in self.weights]
-        fused = self.weights[0].is_cuda
-        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
-        warmup = max(1, round(WARMUP * steps))
+        self.lr, self.warmup = lr, max(1, round(WARMUP * steps))
+        # on CUDA everything that changes from step to step lies in memory, so that a step can be recorded
+        cuda = self.weights[0].is_cuda
+        rate: Any = torch.zeros((), device=self.weights[0].device) if cuda else 0.0
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=cuda, capturable=cuda
+        )
 
-        def rate(step: int) -> float:
-            rest = torch.tensor((step - warmup) / max(1, steps - warmup)).clamp(0, 1)
-            return min(1.0, (step + 1) / warmup) * float(0.5 * (1 + torch.cos(torch.pi * rest)))
+    def prepare(self) -> None:
+        """Set this step's learning rate."""
+        rest = min(max((self.done - self.warmup) / max(1, self.steps - self.warmup), 0.0), 1.0)
+        rate = self.lr * min(1.0, (self.done + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * rest))
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
-
-    def step(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def update(self, loss: Tensor) -> None:
+        """Gradients, clipping, AdamW: what the device does."""
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
-        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def average_weights(self) -> None:
+        """The EMA takes in the updated weights."""
         self.done += 1
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.weights, 9.0 / (self.done + 9.0))
 
+    def step(self, loss: Tensor) -> None:
+        self.prepare()
+        self.update(loss)
+        self.average_weights()
+
     def finish(self) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.average)
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 def training_batch(config: Config, latents: Latents, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Latents and labels (some dropped) of one of the probe's steps; pure in (probe.seed, step)."""
+    """Latents and labels of one of the probe's steps; pure in (probe.seed, step)."""
     probe = config.probe
     samples = torch.arange(probe.batch)
     flips = draw_flips(probe.seed, step, samples) if config.data.flip else None
     z, y = latents.batch(batch_indices(step, probe.batch, len(latents), probe.seed), flips)
-    z, y = z.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    return z, drop_labels(y, config.model.classes, config.model.label_dropout, probe.seed, step, samples.to(y.device))
+    return z.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def drop_some(y: Tensor, config: Config, step: int | Tensor, samples: Tensor) -> Tensor:
+    """Labels [B] with some replaced by the null class, for guidance; pure in (probe.seed, step, sample)."""
+    return drop_labels(y, config.model.classes, config.model.label_dropout, config.probe.seed, step, samples)
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -133,20 +154,32 @@ def train_surface_probe(
     ops = fastasync_kernels.select(config.model.kernels, device)
     trainer = Trainer(model.train(), probe.lr, steps)
     network: Any = model
-    if config.train.compile != "off" and torch.device(device).type == "cuda":
+    cuda, small = torch.device(device).type == "cuda", train_flops(model) * probe.batch < LAUNCH_BOUND
+    recorded = cuda and small and config.train.cuda_graph != "off"
+    if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
         network = torch.compile(model)
     samples = torch.arange(probe.batch, device=device)
+
+    def compute(step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor]:
+        z, y, tau = parts[0][:3]
+        y = drop_some(y, config, step, samples)
+        with autocast(device):
+            v = network(ops.noising(z, tau, channels, probe.seed, step, samples), tau, y)
+        loss = ops.flow_errors(v, z, channels, probe.seed, step, samples)[0].sum(1).mean()
+        trainer.update(loss)
+        return (loss.detach(),)
+
+    run: Any = GraphedStep(compute, torch.device(device)) if recorded else compute
     bar = tqdm(range(steps), desc="probe", unit="step", disable=not progress)
     value = float("nan")
     for step in bar:
         z, y = training_batch(config, latents, step, device)
         tau = independent_times(len(channels), probe.batch, probe.seed, step).to(device, torch.float32)
-        with autocast(device):
-            v = network(ops.noising(z, tau, channels, probe.seed, step, samples), tau, y)
-        loss = ops.flow_errors(v, z, channels, probe.seed, step, samples)[0].sum(1).mean()
-        trainer.step(loss)
+        trainer.prepare()
+        (loss,) = run(step, [Part(z, y, tau, tau)])
+        trainer.average_weights()
         if step % 20 == 0 or step == steps - 1:
-            value = float(loss.detach())
+            value = float(loss)
             check_finite(value, step)
             bar.set_postfix(loss=f"{value:.3f}")
     trainer.finish()

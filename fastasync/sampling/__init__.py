@@ -2,7 +2,7 @@
 
 from fastasync.sampling.generate import batches, generate_images, generate_latents, sample_labels
 from fastasync.sampling.guidance import guided
-from fastasync.sampling.integrators import METHODS, Velocity, evaluations, integrate, uniform_grid
+from fastasync.sampling.integrators import METHODS, Velocity, evaluations, integrate, time_grid, uniform_grid
 
 __all__ = [
     "METHODS",
@@ -14,5 +14,6 @@ __all__ = [
     "guided",
     "integrate",
     "sample_labels",
+    "time_grid",
     "uniform_grid",
 ]

@@ -2,6 +2,10 @@
 
 Fixed grids step in increments of local time, ``x_k += (tau_k(s_{i+1}) - tau_k(s_i)) v_k``: exact through the kinks of a
 schedule, where tau' jumps.
+
+``heun_euler`` is Heun, except that a representation takes its last step, the one that ends at tau_k = 1, by Euler.
+There Heun would average in a velocity at tau_k = 1, where no noise is left to predict and no density trains: half of
+the last step's noise would stay in the sample.  (EDM, arXiv 2206.00364, ends its Heun sampler so too.)
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from fastasync.schedule import Schedule
 
-METHODS = ("euler", "heun", "dopri5")
+METHODS = ("euler", "heun", "heun_euler", "dopri5")
 RTOL, ATOL = 1e-3, 1e-6  # dopri5, as the peers sample
 
 
@@ -38,9 +42,17 @@ def uniform_grid(steps: int) -> Tensor:
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
 
 
+def time_grid(steps: int, power: float = 1.0) -> Tensor:
+    """``steps`` intervals of time, ``s = 1 - (1 - u)^power`` for uniform u: above 1 the steps shrink towards s = 1.
+
+    float64 [steps + 1] from 0 to 1.
+    """
+    return 1 - (1 - uniform_grid(steps)) ** power
+
+
 def evaluations(method: str, steps: int) -> int | None:
     """Function evaluations of a fixed-grid method over ``steps`` intervals; None for dopri5, which adapts."""
-    return {"euler": steps, "heun": 2 * steps}.get(method)
+    return {"euler": steps, "heun": 2 * steps, "heun_euler": 2 * steps - 1}.get(method)
 
 
 @torch.no_grad()
@@ -94,9 +106,13 @@ def integrate(
     for now, after in pairwise(taus):
         dtau = after - now
         first = at(x, now)
-        if method == "euler":
+        # the part of the step that the first velocity takes; the rest is taken by the one at its end
+        share = torch.full_like(dtau, 1.0 if method == "euler" else 0.5)
+        if method == "heun_euler":
+            share[after > 1 - 1e-9] = 1.0
+        if bool((share == 1).all()):
             x = update(x, first, dtau)
         else:
-            half, ahead = update(x, first, dtau / 2), update(x, first, dtau)
-            x = update(half, at(ahead, after), dtau / 2)
+            part, ahead = update(x, first, share * dtau), update(x, first, dtau)
+            x = update(part, at(ahead, after), (1 - share) * dtau)
     return x

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastasync.errors import UserError
 from fastasync.evaluation import GaussianStatistics, StatisticsAccumulator, frechet_distance
+from fastasync.evaluation.frechet import frechet_influence
 
 
 def gaussian(seed: int, dims: int, rank: int | None = None, count: int | None = 1000) -> GaussianStatistics:
@@ -208,3 +209,31 @@ def test_bad_statistics_files(tmp_path):
     np.savez(path, mu=np.array(["a"]), sigma=np.zeros((1, 1)))
     with pytest.raises(UserError):
         GaussianStatistics.load(path)
+
+
+def test_influence_is_the_change_of_the_distance_with_a_sample_s_weight():
+    """Leaving a sample out changes the distance by -influence / (N - 1), to the first order."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 5, generator=generator, dtype=torch.float64) * torch.arange(1, 6) + 0.5
+    reference = gaussian(3, 5)
+    influence = frechet_influence(features, reference)
+    whole = frechet_distance(statistics(features), reference)
+    changes = []
+    for i in range(40):
+        rest = torch.cat([features[:i], features[i + 1 :]])
+        changes.append(whole - frechet_distance(statistics(rest), reference))
+    measured = torch.tensor(changes, dtype=torch.float64) * (len(features) - 1)
+    assert abs(float(influence.mean())) < 1e-9
+    torch.testing.assert_close(measured, influence[:40], rtol=0.05, atol=0.05 * float(influence.std()))
+
+
+def test_influence_gives_the_standard_error_of_a_distance():
+    """Against the spread of the distance over 200 independent sets."""
+    reference, distances, errors = gaussian(4, 4), [], []
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(1000, 4, generator=generator, dtype=torch.float64) * 1.5 + 1.0
+        distances.append(frechet_distance(statistics(features), reference))
+        errors.append(float(frechet_influence(features, reference).std()) / 1000**0.5)
+    spread = float(torch.tensor(distances).std())
+    assert abs(sum(errors) / len(errors) / spread - 1) < 0.15

@@ -48,7 +48,6 @@ def run_search(case, candidates, roles, steps, samples, budget=None):
         sample_flops=2.0 * steps,
         budget=budget,
         allowance=samples * 2.0 * steps,
-        seed=0,
         progress=False,
     )
 

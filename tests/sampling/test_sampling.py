@@ -9,11 +9,13 @@ import torch
 from fastasync.sampling import (
     Velocity,
     batches,
+    evaluations,
     generate_images,
     generate_latents,
     guided,
     integrate,
     sample_labels,
+    time_grid,
     uniform_grid,
 )
 from fastasync.schedule import ConvexSchedule, offset, power, synchronous
@@ -67,7 +69,7 @@ def test_exact_on_a_gaussian(schedule):
     assert covariance_error(schedule, 1, "dopri5", rtol=1e-7, atol=1e-9) < 1e-4
 
 
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("heun_euler", 2)])
 @pytest.mark.parametrize("schedule", [synchronous(NAMES), power(NAMES, 2, ROLES)])
 def test_order_of_convergence(schedule, method, order):
     coarse, fine = covariance_error(schedule, 64, method), covariance_error(schedule, 128, method)
@@ -78,13 +80,46 @@ def test_increments_are_exact_through_kinks():
     """A constant velocity is carried exactly from noise to data by any grid, even where tau' jumps inside a step."""
     constant = torch.tensor([1.0, -2.0], dtype=torch.float64)[None, :, None, None]
     x = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
-    for method in ("euler", "heun"):
+    for method in ("euler", "heun", "heun_euler"):
         grid = torch.tensor([0, 0.1, 0.17, 0.6, 1.0], dtype=torch.float64)
         end = integrate(
             lambda x, tau, y: constant.expand_as(x), offset(NAMES, 0.37, ROLES), x, torch.zeros(1), grid, method,
             channels=(1, 1),
         )  # fmt: skip
         assert torch.allclose(end, constant, atol=1e-12)
+
+
+def test_the_last_step_by_euler_leaves_no_noise():
+    """All data are zero: v = -x / (1 - tau), and 0 where no noise is left to predict.  Heun keeps half of the last
+    step's noise, each representation at its own end."""
+    x = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def velocity(x, tau, y):
+        rest = 1 - tau[:, :, None, None]
+        return torch.where(rest > 1e-6, -x / rest.clamp(min=1e-6), 0.0)
+
+    calls = []
+
+    def run(method, schedule):
+        def counted(x, tau, y):
+            calls.append(1)
+            return velocity(x, tau, y)
+
+        return integrate(counted, schedule, x, torch.zeros(8), time_grid(10, 1.5), method, channels=(1, 1))
+
+    for schedule in (synchronous(NAMES), offset(NAMES, 0.3, ROLES), power(NAMES, 3, ROLES)):
+        assert run("heun", schedule).abs().amax((0, 2, 3)).min() > 1e-3
+        calls.clear()
+        assert run("heun_euler", schedule).abs().max() < 1e-12
+        assert len(calls) == evaluations("heun_euler", 10) == 19
+
+
+def test_time_grid():
+    assert torch.equal(time_grid(8), uniform_grid(8))
+    grid = time_grid(8, 2.0)
+    assert grid[0] == 0
+    assert grid[-1] == 1
+    assert bool((grid.diff().diff() < 0).all())
 
 
 def network(offset_value):
