@@ -11,12 +11,16 @@ from collections.abc import Callable
 FIRST = 6  # the first step compiles, loads and connects: it may take this many times as long
 _COMPILING = ("convert_frame.py", "compile_fx.py", "async_compile.py")  # frames of torch.compile at work
 
+_REMEDY = (
+    "If that does not end: stop it, then set train.compile=off, or TORCHINDUCTOR_COMPILE_THREADS=1 for the process"
+)
+
 
 class Watchdog:
     """``with Watchdog(minutes, say) as watchdog:`` and ``watchdog.beat(step)`` after every step.  0 minutes: off.
 
     It only reports, once for each stall: whether to stop is the user's (or a collective's time limit) to decide.
-    A main thread that compiles is not stalled.
+    A main thread that compiles is not stalled; of a first step that has compiled for the whole limit it says so.
     """
 
     def __init__(self, minutes: float, say: Callable[[str], None], rank: int = 0):
@@ -34,11 +38,16 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._end.wait(self._limit / 10):
             quiet = time.monotonic() - self._last
-            if self._told or quiet < self._limit * (1 if self._beats else FIRST):
+            if self._told or quiet < self._limit:
                 continue
             frame = sys._current_frames().get(self._watched)
             stack = traceback.extract_stack(frame)
             if any(entry.filename.endswith(_COMPILING) for entry in stack):
+                if not self._beats:  # the workers of torch.compile have been seen to stand still
+                    self._told = True
+                    self._say(f"watchdog: rank {self._rank}: compiling for {quiet / 60:.3g} minutes. {_REMEDY}")
+                continue
+            if quiet < self._limit * (1 if self._beats else FIRST):
                 continue
             self._told = True
             after = f"after step {self._step}" if self._beats else "before the first step's end"

@@ -54,6 +54,11 @@ def test_no_alarm_in_time_nor_while_compiling():
         watchdog.beat(0)
         names["compile_a_frame"](time.sleep)
     assert said == []
+    with Watchdog(0.1 / 60, said.append):  # the first step's, for longer than the limit
+        names["compile_a_frame"](time.sleep)
+    assert len(said) == 1
+    assert "compiling for 0.00" in said[0]
+    assert "train.compile=off" in said[0]
 
 
 def test_a_stalled_run_says_where(tmp_path, tiny, run, latents, disturbed):
