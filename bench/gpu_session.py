@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +41,12 @@ SPARE = 15.0  # seconds kept for the table
 
 def environment() -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
 
 
 def command_of(stage: str, seconds: float, out: Path, rounds: int) -> list[str]:
@@ -72,8 +78,12 @@ def run_stage(stage: str, seconds: float, out: Path, rounds: int) -> str:
             code = process.wait(seconds)
             ended = "ok" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGABRT)  # every thread's stack goes to the log: where does it stand?
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             ended = "out of time"
     lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
     shown = [line[:230] for line in lines if line.startswith(("  ", "FAILED", "ERROR", "E  ")) or "passed" in line]

@@ -162,9 +162,9 @@ STUDIES = {
         sizes={"base": (), "large": ("model.depth=12", "model.width=384", "model.heads=12")},
         probes={
             "base": (),
-            "half the budget": ("probe.budget=0.005",),
-            "quarter of the budget": ("probe.budget=0.0025",),
-            "four budgets": ("probe.budget=0.04",),
+            "half the budget": ("probe.budget=0.05",),
+            "quarter of the budget": ("probe.budget=0.025",),
+            "a tenth of the budget": ("probe.budget=0.01",),
             "small": ("probe.depth=2", "probe.width=64", "probe.heads=2"),
             "wide": ("probe.depth=4", "probe.width=256", "probe.heads=8"),
             "main shape": ("probe.depth=8", "probe.width=256", "probe.heads=8", "probe.budget=0.1"),
