@@ -195,10 +195,11 @@ def test_plots(tmp_path, bench, capsys):
 
 
 def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):
-    """A stage that hangs is ended, the next ones run with what is left, and the table is printed."""
+    """A stage that hangs is ended and says where, the next ones run with what is left, and the table is printed."""
     monkeypatch.setattr(gpu_session, "SPARE", 0.0)
+    hang = "import time\ndef stand_still():\n    time.sleep(60)\nprint('  begun', flush=True)\nstand_still()"
     stages = {
-        "hangs": (1.0, ["-c", "import time; print('  begun', flush=True); time.sleep(60)"]),
+        "hangs": (1.0, ["-c", hang]),
         "works": (30.0, ["-c", "print('  done')"]),
         "fails": (30.0, ["-c", "raise SystemExit(3)"]),
     }
@@ -208,6 +209,9 @@ def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):
     assert time.monotonic() - start < 20
     said = capsys.readouterr().out
     assert "hangs: out of time; works: ok; fails: exit code 3" in said
-    assert (tmp_path / "session.log").read_text() == "  begun\n  done\n"
+    log = (tmp_path / "session.log").read_text()
+    assert log.startswith("  begun\n")
+    assert "in stand_still" in log
+    assert log.endswith("  done\n")
     with pytest.raises(SystemExit):
         gpu_session.main(["--stages", "nothing"])
