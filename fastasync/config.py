@@ -395,6 +395,8 @@ def validate(config: Config) -> None:
     sample = config.sample
     if not sample.steps or min(sample.steps) < 1:
         raise UserError("sample.steps", ",".join(map(str, sample.steps)), "give whole numbers of at least 1")
+    if sample.integrator == "dopri5" and sample.grid_power != 1:
+        raise UserError("sample.grid_power", sample.grid_power, "dopri5 chooses its own steps: leave it at 1")
     if len(sample.guidance_scale) not in (1, len(reps.names)):
         raise UserError(
             "sample.guidance_scale", ",".join(map(str, sample.guidance_scale)), f"give 1 or {len(reps.names)} numbers"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastasync.config import Config
-from fastasync.training.graph import LAUNCH_BOUND
+from fastasync.training.graph import launch_bound
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
 COMMAND = "make bench SUBJECT=step"
@@ -65,8 +65,8 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measure
     train = config.train
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = f"{by} {_COMPILED[train.compile]}"
-    if by == "ours" and train.cuda_graph != "off" and (train.cuda_graph == "on" or flops * train.batch < LAUNCH_BOUND):
-        wanted = "ours graph"  # what auto does with so small a step
+    if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch):
+        wanted = "ours graph"
     if train.precision == "fp8":
         wanted = "ours fp8"
 

@@ -71,6 +71,7 @@ def test_settings_convert_to_the_fields_type():
         ("evaluate.metrics=fid,fdi", "did you mean 'fid'"),
         ("train.betas=0.9", "two numbers"),
         ("sample.steps=", "at least 1"),
+        ("sample.integrator=dopri5 sample.grid_power=2", "chooses its own steps"),
         ("probe.beta=-1", ">= 0"),
     ],
 )
@@ -79,7 +80,7 @@ def test_bad_settings_are_one_clear_line(setting, says):
         apply_settings(Config(), [setting])
         return
     with pytest.raises(UserError) as caught:
-        apply_settings(Config(), [setting])
+        apply_settings(Config(), setting.split())
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 

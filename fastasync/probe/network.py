@@ -18,7 +18,7 @@ from fastasync.data import Latents, batch_indices, draw_flips
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, drop_labels, train_flops
 from fastasync.objective import TIME_STREAM
-from fastasync.training.graph import LAUNCH_BOUND, GraphedStep, Part
+from fastasync.training.graph import GraphedStep, Part, launch_bound
 
 CLIP = 1.0  # largest gradient norm
 WARMUP = 0.05  # of the steps, linear; then the rate falls to zero along a cosine
@@ -154,8 +154,8 @@ def train_surface_probe(
     ops = fastasync_kernels.select(config.model.kernels, device)
     trainer = Trainer(model.train(), probe.lr, steps)
     network: Any = model
-    cuda, small = torch.device(device).type == "cuda", train_flops(model) * probe.batch < LAUNCH_BOUND
-    recorded = cuda and small and config.train.cuda_graph != "off"
+    cuda = torch.device(device).type == "cuda"
+    recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * probe.batch)
     if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
         network = torch.compile(model)
     samples = torch.arange(probe.batch, device=device)

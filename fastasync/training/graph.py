@@ -33,6 +33,11 @@ class Part(NamedTuple):
 StepFunction = Callable[[int | Tensor, Sequence[Part]], tuple[Tensor, ...]]
 
 
+def launch_bound(choice: str, step_flops: float) -> bool:
+    """Whether ``train.cuda_graph`` = ``choice`` asks for a recording of steps of so many FLOPs."""
+    return choice == "on" or (choice == "auto" and step_flops < LAUNCH_BOUND)
+
+
 def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float) -> bool:
     """Whether a run's steps are recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, where it can be).
 
@@ -42,7 +47,7 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     if choice == "on" and not possible:
         remedy = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
         raise UserError("train.cuda_graph", choice, remedy)
-    return possible and (choice == "on" or (choice == "auto" and step_flops < LAUNCH_BOUND))
+    return possible and launch_bound(choice, step_flops)
 
 
 class GraphedStep:

@@ -11,9 +11,7 @@ from collections.abc import Callable
 FIRST = 6  # the first step compiles, loads and connects: it may take this many times as long
 _COMPILING = ("convert_frame.py", "compile_fx.py", "async_compile.py")  # frames of torch.compile at work
 
-_REMEDY = (
-    "If that does not end: stop it, then set train.compile=off, or TORCHINDUCTOR_COMPILE_THREADS=1 for the process"
-)
+_REMEDY = "if that does not end: train.compile=off, or TORCHINDUCTOR_COMPILE_THREADS=1 in the environment"
 
 
 class Watchdog:
@@ -42,15 +40,15 @@ class Watchdog:
                 continue
             frame = sys._current_frames().get(self._watched)
             stack = traceback.extract_stack(frame)
-            if any(entry.filename.endswith(_COMPILING) for entry in stack):
-                if not self._beats:  # the workers of torch.compile have been seen to stand still
-                    self._told = True
-                    self._say(f"watchdog: rank {self._rank}: compiling for {quiet / 60:.3g} minutes. {_REMEDY}")
+            compiling = any(entry.filename.endswith(_COMPILING) for entry in stack)
+            if compiling and self._beats:
                 continue
-            if quiet < self._limit * (1 if self._beats else FIRST):
+            if not compiling and quiet < self._limit * (1 if self._beats else FIRST):
                 continue
             self._told = True
             after = f"after step {self._step}" if self._beats else "before the first step's end"
+            if compiling:
+                after += f"; it compiles ({_REMEDY})"
             where = "".join(traceback.format_list(stack[-12:]))
             self._say(f"watchdog: rank {self._rank}: no step for {quiet / 60:.3g} minutes, {after}; it is at\n{where}")
 

@@ -1,6 +1,10 @@
 """A run so small that a step takes milliseconds, and ways to disturb it."""
 
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from fastasync.data import LatentSet
 from fastasync.schedule import Schedule, named_schedule
 from fastasync.training import TrainResult, train
 
+ROOT = Path(__file__).parents[2]
 FINGERPRINT = "statistics-1"
 
 
@@ -93,3 +98,30 @@ def no_board(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def board() -> None:
     """Asks for TensorBoard."""
+
+
+@contextmanager
+def _started(command: Sequence[object], **variables: object) -> Iterator[subprocess.Popen[str]]:
+    """A process group of its own, of which nothing survives the block; no launcher's variables but ``variables``."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_SIZE")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    fixed = {"OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
+    environment = {**kept, **fixed, **{name: str(value) for name, value in variables.items()}}
+    process = subprocess.Popen(
+        [str(word) for word in command], env=environment, cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture
+def started() -> Callable[..., Any]:
+    """``with started(command, NAME=value, ...) as process:``"""
+    return _started

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -281,30 +280,10 @@ def ranks_of(tag, rank):
     return found
 
 
-@contextmanager
-def started(command, tag):
-    """A launcher in a process group of its own, of which nothing survives the block."""
-    process = subprocess.Popen(
-        command,
-        env={**environment(), "FASTASYNC_TEST": tag},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPOSITORY,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
-
-
-def test_launchers_signals_and_kill_9(tmp_path):
+def test_launchers_signals_and_kill_9(tmp_path, started):
     """deepspeed train.py stopped by SIGTERM; torchrun train.py whose rank 1 is killed; python train.py to the end."""
     out, root = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    with started([*launcher("deepspeed"), *program(out)], "a") as process:
+    with started([*launcher("deepspeed"), *program(out)], FASTASYNC_TEST="a") as process:
         wait_for_steps(out, 5, process)
         # to its process group, as schedulers and terminals do: deepspeed's own runner passes nothing on
         os.killpg(process.pid, signal.SIGTERM)
@@ -315,7 +294,7 @@ def test_launchers_signals_and_kill_9(tmp_path):
     assert f"saved {stopped.path}" in said
     assert not list(root.glob("*.part"))
 
-    with started([*launcher("torchrun"), *program(out, **{"train.zero": 2})], "b") as process:
+    with started([*launcher("torchrun"), *program(out, **{"train.zero": 2})], FASTASYNC_TEST="b") as process:
         wait_for_steps(out, 5, process)
         (victim,) = ranks_of("b", 1)
         os.kill(victim, signal.SIGKILL)
@@ -344,10 +323,10 @@ def test_launchers_signals_and_kill_9(tmp_path):
     assert [record["step"] for record in records(out)] == list(range(1, last + 1))
 
 
-def test_one_line_for_what_cannot_start(tmp_path):
+def test_one_line_for_what_cannot_start(tmp_path, started):
     """Both ranks meet the same error; it is printed once, and nothing is made."""
     command = program(tmp_path / "run", **{"train.batch": 15, "train.device": "cpu"})
-    with started([*launcher("torchrun"), *command], "c") as process:
+    with started([*launcher("torchrun"), *command], FASTASYNC_TEST="c") as process:
         said, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("fastasync: error")]

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,14 +63,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def environment(**variables):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_SIZE")
-    kept = {name: value for name, value in os.environ.items() if name not in names}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    fixed = {"OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
-    return {**kept, **fixed, **{name: str(value) for name, value in variables.items()}}
-
-
 @pytest.fixture
 def stand_ins(tmp_path):
     """A folder for PATH with ssh, pdsh, srun, scontrol, and this Python's torchrun."""
@@ -82,21 +74,6 @@ def stand_ins(tmp_path):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
-
-
-@contextmanager
-def started(command, **variables):
-    """A process group of its own, of which nothing survives the block."""
-    process = subprocess.Popen(
-        [str(word) for word in command], env=environment(**variables), cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
 
 
 def program(out, *more):
@@ -121,7 +98,7 @@ def deepspeed(hosts, *options):
     return [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hosts, *options]
 
 
-def test_a_hostfile_of_two_nodes(tmp_path, stand_ins):
+def test_a_hostfile_of_two_nodes(tmp_path, stand_ins, started):
     """``deepspeed --hostfile hosts train.py ...`` from one node: it starts the launcher on each, over pdsh."""
     hosts, out = tmp_path / "hosts", tmp_path / "run"
     hosts.write_text("# all of them are this machine\nlocalhost slots=1\n127.0.0.1 slots=1\n")
@@ -134,7 +111,7 @@ def test_a_hostfile_of_two_nodes(tmp_path, stand_ins):
     assert "nnodes=2, num_local_procs=1, node_rank=1" in said
 
 
-def test_a_hostfile_without_ssh(tmp_path):
+def test_a_hostfile_without_ssh(tmp_path, started):
     """The same command started on every node by hand, with its number; the run that is there is done at once."""
     hosts, out, port = tmp_path / "hosts", tmp_path / "run", free_port()
     hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -148,7 +125,7 @@ def test_a_hostfile_without_ssh(tmp_path):
     assert steps_of(out) == [1, 2, 3, 4]
 
 
-def test_a_host_that_cannot_be_reached_is_named(tmp_path, stand_ins):
+def test_a_host_that_cannot_be_reached_is_named(tmp_path, stand_ins, started):
     """Rank 0 says who did not come, after the time it is given and before it does or writes anything."""
     hosts, out = tmp_path / "hosts", tmp_path / "run"
     hosts.write_text("localhost slots=1\nnode7.invalid slots=2\n")
@@ -167,17 +144,28 @@ def test_a_host_that_cannot_be_reached_is_named(tmp_path, stand_ins):
 # --- one rank alone -------------------------------------------------------------------------------------------------
 
 
-def rank_alone(out, rank, host, port, limit=3):
-    """What rank ``rank`` of 2 says, its exit code and the seconds it took."""
-    variables = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": host, "MASTER_PORT": port, LIMIT: limit}
-    began = time.monotonic()
-    with started([sys.executable, *program(out)], **variables) as process:
-        said, _ = process.communicate(timeout=90)
-    assert not out.exists()
-    return said.strip().splitlines(), process.returncode, time.monotonic() - began
+@pytest.fixture
+def rank_alone(started):
+    def run(out, rank, host, port, limit=3):
+        """What rank ``rank`` of 2 says, its exit code and the seconds it took."""
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+            LIMIT: limit,
+        }
+        began = time.monotonic()
+        with started([sys.executable, *program(out)], **variables) as process:
+            said, _ = process.communicate(timeout=90)
+        assert not out.exists()
+        return said.strip().splitlines(), process.returncode, time.monotonic() - began
+
+    return run
 
 
-def test_a_closed_port_is_one_line(tmp_path):
+def test_a_closed_port_is_one_line(tmp_path, rank_alone):
     port = free_port()
     lines, code, _ = rank_alone(tmp_path / "run", 1, "127.0.0.254", port)
     assert code == 2
@@ -185,14 +173,14 @@ def test_a_closed_port_is_one_line(tmp_path):
     assert f"127.0.0.254:{port}: rank 0 did not answer within 3 s (Connection refused): is the first host up" in line
 
 
-def test_a_name_that_does_not_resolve_is_one_line_at_once(tmp_path):
+def test_a_name_that_does_not_resolve_is_one_line_at_once(tmp_path, rank_alone):
     lines, code, _ = rank_alone(tmp_path / "run", 1, "node7.invalid", 29500, limit=600)
     assert code == 2
     (line,) = lines
     assert "MASTER_ADDR:MASTER_PORT: node7.invalid:29500: node7.invalid does not resolve on " in line
 
 
-def test_another_program_behind_the_port_is_one_line(tmp_path):
+def test_another_program_behind_the_port_is_one_line(tmp_path, rank_alone):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -203,7 +191,7 @@ def test_another_program_behind_the_port_is_one_line(tmp_path):
     assert f"127.0.0.1:{port}: another program answers there: give the launcher another port" in line
 
 
-def test_an_address_that_makes_no_sense(tmp_path):
+def test_an_address_that_makes_no_sense(tmp_path, rank_alone):
     for host, port in (("127.0.0.1", "http"), ("127.0.0.1", 70000), ("", 29500)):
         lines, code, _ = rank_alone(tmp_path / "run", 1, host, port)
         assert (code, len(lines)) == (2, 1), lines
@@ -234,7 +222,7 @@ def test_the_slurm_script_is_valid():
     assert text.rindex("#SBATCH") < text.index("\nset -euo")
 
 
-def test_the_slurm_script_trains_stops_and_queues_again(tmp_path, stand_ins):
+def test_the_slurm_script_trains_stops_and_queues_again(tmp_path, stand_ins, started):
     """Two nodes of one rank.  Slurm's signal goes to the script alone; the job is queued again, and goes on."""
     out, requeued = tmp_path / "run", tmp_path / "requeued"
     slurm = {
