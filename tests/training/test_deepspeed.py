@@ -114,8 +114,8 @@ def runs(tmp_path_factory):
         config = tiny_run.tiny(**train_fields(**changes))
         return tiny_run.run(config, folder / name, data, say=lambda line: None)
 
-    board, sys.modules["torch.utils.tensorboard"] = sys.modules.get("torch.utils.tensorboard"), None
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # gone again afterwards, also where nothing had imported it
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # seconds to import
         plain("plain")
         plain("plain-bf16", precision="bf16")
         plain("whole", steps=12)
@@ -141,8 +141,6 @@ def runs(tmp_path_factory):
         jobs.append(dict(name="indivisible", out=folder / "no", config=train_fields(batch=10)))
         by_rank = launch(folder, jobs)
         plain("parts", steps=12)
-    finally:
-        sys.modules["torch.utils.tensorboard"] = board
     results = {job["name"]: [rank[i] for rank in by_rank] for i, job in enumerate(jobs)}
     return folder, results
 
