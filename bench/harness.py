@@ -236,7 +236,7 @@ class Bench:
     """A run of the benchmarks: device, sizes, ceilings, and the rows so far.
 
     ``small``: sizes for a CPU.  ``rounds``: how often each variant is timed.  ``deadline`` (``time.monotonic``): no new
-    case is begun after it.  ``sink`` is called with each row.
+    case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks that ``step`` is limited to; none: all.
     """
 
     def __init__(
@@ -246,7 +246,9 @@ class Bench:
         deadline: float = math.inf,
         sink: Callable[[Row], None] | None = None,
         say: Callable[[str], None] = print,
+        sizes: Sequence[str] = (),
     ):
+        self.sizes = sizes
         self.device, self.rounds, self.deadline, self.sink, self.say = device, rounds, deadline, sink, say
         self.small = device.type == "cpu"
         self.rows: list[Row] = []

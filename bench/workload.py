@@ -18,6 +18,7 @@ from fastasync.training.graph import Part
 from fastasync.training.loop import learning_rate
 from fastasync.training.step import step_function
 
+SIZES = ("XL", "L", "B", "S", "cifar10")
 PYTORCH = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"optimizer": "torch"}}
 OURS = {"model": {"kernels": "auto", "attention": "auto"}, "train": {"optimizer": "auto"}}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
     "ours fp8": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional", "precision": "fp8"}},
     "ours graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model", "cuda_graph": "on"}},
+    "ours graph uncompiled": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off", "cuda_graph": "on"}},
 }
 
 

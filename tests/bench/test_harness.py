@@ -136,6 +136,8 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
 def test_command_line(tmp_path, capsys):
     assert run.main(["nosuch"]) == 2
     assert "no subject 'nosuch'" in capsys.readouterr().err
+    assert run.main(["step", "--sizes", "S,XXL"]) == 2
+    assert "no size 'XXL'" in capsys.readouterr().err
     assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu"]) == 0
     assert "not recorded" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
