@@ -236,7 +236,7 @@ class Bench:
     """A run of the benchmarks: device, sizes, ceilings, and the rows so far.
 
     ``small``: sizes for a CPU.  ``rounds``: how often each variant is timed.  ``deadline`` (``time.monotonic``): no new
-    case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks that ``step`` is limited to; none: all.
+    case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks for ``step``; none: all.
     """
 
     def __init__(

@@ -12,12 +12,17 @@ from bench.science.statistics import Paired, paired, summary
 
 
 def fids(
-    ledger: Ledger, spec: Spec, samplers: Sequence[str], seeds: Sequence[int] | None = None, step: int | None = None
+    ledger: Ledger,
+    spec: Spec,
+    samplers: Sequence[str],
+    seeds: Sequence[int] | None = None,
+    step: int | None = None,
+    metric: str = "fid",
 ) -> dict[str, Any]:
     """``{sampler: "mean ± deviation"}`` over seeds; empty cells where nothing is measured."""
     cells = {}
     for sampler in samplers:
-        values = list(ledger.by_seed(spec, step or ledger.study.steps, sampler, seeds).values())
+        values = list(ledger.by_seed(spec, step or ledger.study.steps, sampler, seeds, metric).values())
         cells[sampler] = str(summary(values)) if values else ""
     return cells
 

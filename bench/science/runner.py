@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.science.specs import LEARNED, Spec, Study, nfe, sampler
+from bench.science.specs import LEARNED, Spec, Study, Way, nfe, sampler
 from fastasync import sampling
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
@@ -25,7 +25,7 @@ from fastasync.files import load_tensors, write_json
 from fastasync.inputs import Inputs, Reference, open_inputs
 from fastasync.probe import LossSurface, ProbeResult, learn_schedule, line_loss, probe_plan
 from fastasync.probe.generation import gaussian_statistics
-from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights
+from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights, search_method
 from fastasync.probe.network import autocast, build_probe
 from fastasync.run import Run
 from fastasync.schedule import Schedule, kinetic_energy, load_schedule, named_schedule, save_schedule
@@ -144,7 +144,7 @@ class Workshop:
         lam, beta = probe_loss_weights(config), chosen_beta(config.probe.beta)
         schedules = {name: named_schedule(name, reps.names, reps.roles) for name in names} | {"C": result.schedule}
         middle = next(row for row in result.sweep if row["beta"] == beta)
-        way, rows = ("heun", config.probe.sampling_steps), []
+        way, rows = Way(search_method(config), config.probe.sampling_steps, config.sample.grid_power), []
 
         def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with autocast(self.device):
@@ -257,11 +257,10 @@ class Workshop:
         return Score(figures, calls / config.sample.count, making, scoring)
 
     def _latents(
-        self, config: Config, velocity: Any, schedule: Schedule, indices: Tensor, way: tuple[str, int], seed: int
+        self, config: Config, velocity: Any, schedule: Schedule, indices: Tensor, way: Way, seed: int
     ) -> Tensor:
-        """Latents of samples with balanced labels; ``way``: method and intervals; ``seed``: of the noise."""
+        """Latents of samples with balanced labels; ``seed``: of the noise."""
         reps = config.representations
-        method, intervals = way
         return sampling.generate_latents(
             velocity,
             schedule,
@@ -269,8 +268,8 @@ class Workshop:
             sampling.sample_labels(indices, range(config.model.classes), "balanced", seed),
             channels=reps.channels,
             side=reps.grid,
-            grid=sampling.uniform_grid(intervals),
-            method=method,
+            grid=sampling.time_grid(way.intervals, way.power),
+            method=way.method,
             seed=seed,
             device=self.device,
             ops=choose_ops(config.model.kernels, self.device),

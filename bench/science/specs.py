@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from fastasync.config import Config, apply_settings
 from fastasync.errors import unknown_name
@@ -51,8 +53,10 @@ SPEC_FIELDS = tuple(f.name for f in fields(Spec))
 class Study:
     """One preset's study: everything that PROTOCOL.md fixes.
 
-    Samplers are ``heun10`` (Heun, 10 function evaluations) or ``dopri5``.  ``settings`` change the preset; ``sizes``,
-    ``probes`` and ``third`` change that.  ``rank_samples``: samples by which a probe ranks the fixed schedules.
+    Samplers are ``heun10`` (Heun, 10 function evaluations) or ``dopri5``; those of ``integrators`` (groups of about the
+    same number of evaluations) also ``heun_euler9`` and ``heun10^1.5`` (the power of the time grid).  ``settings``
+    change the preset; ``sizes``, ``probes`` and ``third`` change that.  ``rank_samples``: samples by which a probe
+    ranks the fixed schedules.
     """
 
     preset: str
@@ -67,6 +71,7 @@ class Study:
     probes: dict[str, tuple[str, ...]]
     few_steps: tuple[int, ...]  # step counts that question 5 chooses schedules for
     third: tuple[str, ...]
+    integrators: tuple[tuple[str, ...], ...]
     rules: tuple[str, ...] = LEARNED
     longer: int = 4
     serves: int = 0  # steps of the run whose FLOPs the probe's budget is a share of; 0: ``steps``
@@ -75,7 +80,7 @@ class Study:
     @property
     def samplers(self) -> tuple[str, ...]:
         """All of them, by number of evaluations."""
-        names = dict.fromkeys((*self.headline, *self.curve))
+        names = dict.fromkeys((*self.headline, *self.curve, *(name for group in self.integrators for name in group)))
         return tuple(sorted(names, key=lambda name: nfe(name) or 10**6))
 
     @property
@@ -132,22 +137,41 @@ def _objective(spec: Spec) -> tuple[str, ...]:
     return OBJECTIVES[spec.objective]
 
 
-def sampler(name: str) -> tuple[str, int]:
-    """``heun18`` -> (heun, 9 intervals), ``dopri5`` -> (dopri5, 1)."""
+class Way(NamedTuple):
+    """How samples are made: the method, intervals of time, and the power of their grid."""
+
+    method: str
+    intervals: int
+    power: float = 1.0
+
+
+def sampler(name: str) -> Way:
+    """``heun18`` -> heun, 9 intervals; ``heun_euler17^1.5`` -> 9 intervals on a grid of power 1.5; ``dopri5``."""
     if name == "dopri5":
-        return name, 1
-    return "heun", int(name.removeprefix("heun")) // 2
+        return Way(name, 1)
+    found = re.fullmatch(r"(heun|heun_euler)(\d+)(?:\^([\d.]+))?", name)
+    if not found:
+        raise ValueError(f"no sampler {name!r}")
+    return Way(found[1], (int(found[2]) + 1) // 2, float(found[3] or 1))
 
 
 def nfe(name: str) -> int | None:
     """Function evaluations of a sampler; None for dopri5, which adapts."""
-    return evaluations(*sampler(name))
+    way = sampler(name)
+    return evaluations(way.method, way.intervals)
 
 
 # SFD's clock at offset 1.0 is the cascade (K = 2): the eighth point, run once
 _OFFSETS = ("offset:0.1", "offset:0.2", "offset:0.3", "offset:0.4", "offset:0.5", "offset:0.6", "offset:0.8", "cascade")
 _POWERS = ("power:1.5", "power:2", "power:3", "power:4", "power:5")
 _THIRD_ROLES = "representations.roles=lags,free,leads"
+
+
+def _integrators(intervals: int) -> tuple[str, ...]:
+    """What question 8 compares at so many intervals: Heun and Heun with an Euler last step, on three grids."""
+    names = (f"heun{2 * intervals}", f"heun_euler{2 * intervals - 1}")
+    return tuple(name + power for name in names for power in ("", "^1.5", "^2"))
+
 
 STUDIES = {
     "cifar10": Study(
@@ -172,6 +196,7 @@ STUDIES = {
             "for 25 steps": ("probe.sampling_steps=25",),
         },
         few_steps=(3, 25),
+        integrators=(_integrators(9), _integrators(25)),
         third=("representations.names=texture,lowfreq,semantic", "representations.channels=48,3,16", _THIRD_ROLES),
     ),
     # 1,500 images saturate the preset: a smaller network is compared far before that.  Its probe costs more
@@ -203,6 +228,7 @@ STUDIES = {
             "for 3 steps": ("probe.sampling_steps=3",),
         },
         few_steps=(3,),
+        integrators=(_integrators(5), _integrators(9)),
         third=("representations.names=texture,lowfreq,semantic", "representations.channels=4,1,8", _THIRD_ROLES),
         rules=("B", "C"),
         sample_batch=100,

@@ -49,6 +49,7 @@ QUESTIONS: dict[int, Question] = {
         variants.STEP_COUNTS,
         variants.OBJECTIVE,
         variants.THIRD,
+        variants.INTEGRATORS,
     )
 }
 FAILURES = 3  # in a row stop the study: then it is the machine, not the run
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     top = argparse.ArgumentParser(prog="python -m bench.science.study", description=__doc__.splitlines()[0])
     top.add_argument("--preset", default="cifar10", help=", ".join(STUDIES))
-    top.add_argument("--questions", default="1,2,3,4,5,6,7", help="numbers, in the order they are worked on")
+    top.add_argument("--questions", default="1,2,3,4,5,6,7,8", help="numbers, in the order they are worked on")
     top.add_argument("--seeds", type=int, default=3, help="headline seeds")
     top.add_argument("--scan-seeds", type=int, help="seeds that find the best fixed schedule (default: the protocol's)")
     top.add_argument("--out", type=Path, help="rows, tables, pictures (default bench/science/results/PRESET)")

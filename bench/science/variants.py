@@ -1,4 +1,4 @@
-"""Questions 5 to 7: few-step sampling, the objective, and a third representation."""
+"""Questions 5 to 8: few-step sampling, the objective, a third representation, and how samples are made."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 
 from bench.science import plots
 from bench.science.compare import against, fids
-from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
+from bench.science.plan import METRICS, Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
 from bench.science.specs import OBJECTIVES, Spec, nfe
+from bench.science.statistics import paired
 from fastasync.schedule import load_schedule
 
 # --- 5: function evaluations --------------------------------------------------------------------------------------
@@ -127,6 +128,43 @@ def _third_report(ledger: Ledger) -> Report:
     return Report(sections, sentences)
 
 
+# --- 8: how samples are made ------------------------------------------------------------------------------------------
+
+
+def _integrator_specs(ledger: Ledger, seed: int) -> list[Spec]:
+    """Two fixed schedules, one that moves together and one that ends steeply: nothing that another question finds."""
+    return [Spec(name, seed) for name in ("synchronous", "power:3")]
+
+
+def _integrators(ledger: Ledger, workshop: Workshop) -> list[Job]:
+    exact = [name for name in ledger.study.headline if nfe(name) is None]
+    names = (*(name for group in ledger.study.integrators for name in group), *exact)
+    points = ((ledger.study.steps, names),)
+    return [TrainJob(spec, points) for seed in ledger.seeds for spec in _integrator_specs(ledger, seed)]
+
+
+def _integrators_report(ledger: Ledger) -> Report:
+    study, sections, sentences = ledger.study, [], []
+    exact = [name for name in study.headline if nfe(name) is None]
+    for group in study.integrators:
+        columns, usual = [*group, *exact], group[0]
+        rows = [
+            {"schedule": spec.label, "figure": metric, **fids(ledger, spec, columns, metric=metric)}
+            for spec in _integrator_specs(ledger, 0)
+            for metric in METRICS
+        ]
+        if any(row[name] for row in rows for name in columns):
+            caption = f"About {nfe(usual)} evaluations; after ^ the power of the time grid."
+            sections.append(Section(f"about-{nfe(usual)}", caption, ["schedule", "figure", *columns], rows))
+        for spec in _integrator_specs(ledger, 0):
+            for name in group[1:]:
+                found = paired(*(ledger.by_seed(spec, study.steps, sampler) for sampler in (name, usual)))
+                if found:
+                    sentences.append(f"{spec.label}: {name} against {usual} {found} ({found.verdict}).")
+    return Report(sections, sentences)
+
+
 STEP_COUNTS = Question(5, "FID against function evaluations", _step_counts, _step_counts_report)
 OBJECTIVE = Question(6, "Whether the corrected objective matters", _objectives, _objectives_report)
+INTEGRATORS = Question(8, "How samples are made: integrator and time grid", _integrators, _integrators_report)
 THIRD = Question(7, "A third representation", _third, _third_report)

@@ -154,13 +154,13 @@ def probe_plan(config: Config, planned_flops: float, score_flops: float = 0.0) -
     return _plan(config, forward_flops(build_probe(config, "meta")), planned_flops, score_flops)
 
 
-def _search_method(config: Config) -> str:
+def search_method(config: Config) -> str:
     """C's sampler: the run's own, or Heun's in the place of an adaptive one, which has no fixed cost."""
     return config.sample.integrator if evaluations(config.sample.integrator, 1) else "heun"
 
 
 def _sample_flops(config: Config, forward: float) -> float:
-    return forward * (evaluations(_search_method(config), config.probe.sampling_steps) or 0)
+    return forward * (evaluations(search_method(config), config.probe.sampling_steps) or 0)
 
 
 def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
@@ -305,7 +305,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
         learned = {
             f"B beta {row.beta:g}": row.minimum.schedule for row in sorted(rows, key=lambda row: row is not middle)
         }
-        method = _search_method(config)
+        method = search_method(config)
         with budget.timed("sampling"):
             found = search(
                 candidate_family(reps.names, reps.roles, learned),

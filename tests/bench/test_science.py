@@ -29,6 +29,7 @@ TINY = replace(
     serves=0,
     headline=("heun2", "heun4"),
     curve=("heun2", "heun4"),
+    integrators=(("heun4", "heun_euler3", "heun4^2"),),
     fixed=("synchronous", "power:2"),
     scan_seeds=1,
     rank_samples=60,
@@ -92,8 +93,11 @@ def test_steps_to_reach():
 
 
 def test_samplers_and_seeds():
-    assert sampler("heun18") == ("heun", 9)
-    assert nfe("heun18") == 18
+    assert sampler("heun18") == ("heun", 9, 1.0)
+    assert sampler("heun_euler17^1.5") == ("heun_euler", 9, 1.5)
+    assert (nfe("heun18"), nfe("heun_euler17^1.5")) == (18, 17)
+    with pytest.raises(ValueError, match="heun18x"):
+        sampler("heun18x")
     assert nfe("dopri5") is None
     for name, each in STUDIES.items():
         for seed in (0, 1, 100, 102):
@@ -281,6 +285,24 @@ def test_nothing_is_done_twice(finished):
     assert {name: after[name] for name in ("fid_heun2", "fid_heun4")} == {
         name: before[name] for name in ("fid_heun2", "fid_heun4")
     }
+
+
+def test_integrators_are_compared_on_the_same_networks(finished):
+    folder, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], folder / "out")
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    assert study.work(worker, [8], ASSUMED, say=lambda line: None) == []
+    for name in ("synchronous", "power:3"):
+        found = [ledger.figure(Spec(name, 0), 40, each) for each in ("heun4", "heun_euler3", "heun4^2")]
+        assert len(set(found)) == 3
+        assert None not in found
+    report = study.QUESTIONS[8].report(ledger)
+    assert report.sections[0].name == "about-4"
+    assert [(row["schedule"], row["figure"]) for row in report.sections[0].rows][:2] == [
+        ("synchronous", "fid"),
+        ("synchronous", "kid"),
+    ]
+    assert report.sentences[0].startswith("synchronous: heun_euler3 against heun4 ")
 
 
 def test_a_failed_run_is_a_row_and_the_rest_goes_on(finished, monkeypatch, tmp_path):
