@@ -35,7 +35,14 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "sampling": (200, ["-m", "bench.run", "sampling"]),
     "probe": (100, ["-m", "bench.run", "probe"]),
     "data": (90, ["-m", "bench.run", "data"]),
+    "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
+}
+# with CIFAR-10 in data/ and the Inception weights in weights/ (fastasync fetch); only where --stages names them
+STUDY = ["-m", "bench.science.study", "--preset", "cifar10", "--work", "runs/science"]
+ON_REQUEST: dict[str, tuple[float, list[str]]] = {
+    "integrators": (420, [*STUDY, "--questions", "8", "--seeds", "1", "--set", "sample.count=10000"]),
+    "cifar10": (585, ["-m", "fastasync", "run", "--preset", "cifar10", "--out", "runs/cifar10"]),
 }
 SPARE = 15.0  # seconds kept for the table
 
@@ -52,10 +59,12 @@ def environment() -> dict[str, str]:
 
 def command_of(stage: str, seconds: float, out: Path, rounds: int) -> list[str]:
     """The stage's command line, with its own deadline where it has one."""
-    command = [sys.executable, *STAGES[stage][1]]
+    command = [sys.executable, *(STAGES | ON_REQUEST)[stage][1]]
     if "bench.run" in command:
         command += ["--minutes", f"{0.85 * seconds / 60:.2f}", "--results", str(out), "--rounds", str(rounds)]
         command += ["--record"]
+    if "bench.science.study" in command:
+        command += ["--out", str(out / "science")]
     if "bench.profile_step" in command:
         command += ["--results", str(out), "--out", str(out / "profile"), "--record"]
     return command
@@ -110,14 +119,14 @@ def table(out: Path) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     top = argparse.ArgumentParser(description=__doc__)
     top.add_argument("--minutes", type=float, default=9.0, help="the whole session's limit (default 9)")
-    top.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES)}")
+    top.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of {', '.join(STAGES | ON_REQUEST)}")
     top.add_argument("--rounds", type=int, default=20)
     top.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
     chosen = top.parse_args(argv)
     stages = [name for name in chosen.stages.split(",") if name]
     for name in stages:
-        if name not in STAGES:
-            top.error(f"no stage {name!r}: choose from {', '.join(STAGES)}")
+        if name not in STAGES | ON_REQUEST:
+            top.error(f"no stage {name!r}: choose from {', '.join(STAGES | ON_REQUEST)}")
     end = time.monotonic() + 60 * chosen.minutes - SPARE
     chosen.out.mkdir(parents=True, exist_ok=True)
     ended = {}
@@ -126,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if left < 20:
             ended[name] = "no time left"
             continue
-        ended[name] = run_stage(name, min(left, STAGES[name][0]), chosen.out, chosen.rounds)
+        ended[name] = run_stage(name, min(left, (STAGES | ON_REQUEST)[name][0]), chosen.out, chosen.rounds)
     print("\n".join(table(chosen.out)[-70:]))
     print("; ".join(f"{name}: {how}" for name, how in ended.items()))
     return 0 if all(how == "ok" for how in ended.values()) else 1

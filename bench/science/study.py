@@ -191,28 +191,27 @@ class Worker:
         for step, names in job.points:
             row = self.ledger.row(job.spec, step) or {}
             before = {name: float(row.get(name) or 0) for name in ("sample_seconds", "score_seconds")}
-            found: dict[str, Any] = {}
-            for name in names:
+            for name in names:  # a row after each: what is interrupted goes on from there
                 score = self.workshop.score(job.spec, trained, step, name)
-                found |= {f"{metric}_{name}": value for metric, value in score.figures.items()}
+                found = {f"{metric}_{name}": value for metric, value in score.figures.items()}
                 if name == "dopri5":
                     found["nfe_dopri5"] = score.evaluations
                 before["sample_seconds"] += score.sample_seconds
                 before["score_seconds"] += score.score_seconds
-            self.ledger.runs.put(
-                {
-                    **asdict(job.spec),
-                    "step": step,
-                    "status": DONE,
-                    "error": "",
-                    **found,
-                    "fingerprint": trained.schedule.fingerprint,
-                    "lead": trained.schedule.lead(),
-                    "train_seconds": round(trained.seconds * step / max(steps), 2),
-                    **{name: round(value, 2) for name, value in before.items()},
-                    **self.about(),
-                }
-            )
+                self.ledger.runs.put(
+                    {
+                        **asdict(job.spec),
+                        "step": step,
+                        "status": DONE,
+                        "error": "",
+                        **found,
+                        "fingerprint": trained.schedule.fingerprint,
+                        "lead": trained.schedule.lead(),
+                        "train_seconds": round(trained.seconds * step / max(steps), 2),
+                        **{part: round(value, 2) for part, value in before.items()},
+                        **self.about(),
+                    }
+                )
         if not self.keep:
             self.workshop.discard(job.spec)
 
