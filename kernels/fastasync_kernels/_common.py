@@ -23,7 +23,8 @@ INTEGERS = (torch.int64, torch.int32)
 class OfflineCase(NamedTuple):
     """One build of a kernel that must compile for sm_90 without a GPU.
 
-    ``signature``: run-time argument -> Triton type ("*bf16", "*fp32", "i32", "i64", "fp32"); ``constexprs``: the rest.
+    ``signature``: run-time argument -> Triton type ("*bf16", "*fp32", "i32", "i64", "fp32"); ``constexprs``: the rest,
+    and launch options (num_warps, maxnreg), which go before the field of that name.
     Pointers are taken as 16-byte aligned, and so are the integers named in ``divisible`` as multiples of 16.
     """
 
@@ -32,6 +33,27 @@ class OfflineCase(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int = 4
     divisible: tuple[str, ...] = ()
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched.  Every module names its own once, at its top; ``bench.tune`` measures others.
+
+    ``chunk``: rows (tokens, samples) that one program walks over, ``rows`` of them at a time; ``stages``: how many of
+    these steps are in flight at once (1: nothing is fetched ahead); ``columns``: features per program where a row is
+    divided.  ``warps`` 0: as many as the width asks for.  ``maxnreg``: most registers a thread may have.
+    """
+
+    chunk: int = 1
+    rows: int = 1
+    stages: int = 3
+    warps: int = 0
+    maxnreg: int | None = None
+    columns: int = 0
+
+    def options(self, warps: int) -> dict[str, int]:
+        """Triton's own launch options; ``warps`` where this launch leaves their number open."""
+        limit = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.warps or warps, **limit}
 
 
 def check_tensor(

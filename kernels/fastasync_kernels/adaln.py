@@ -16,24 +16,28 @@ Backward (r and n are recomputed), with g = dL/dh, e = dL/dx' from the residual 
 
 so three column sums feed all four parameter gradients, and a fourth one, sum(dL/dy), is the gradient of the bias of the
 linear that made y, if asked for.  They are reduced in two fixed stages (no atomics, so the same bits every time): one
-partial sum per program, each over ``_CHUNK`` consecutive tokens, then a sum over the programs.
+partial sum per program, each over ``chunk`` consecutive tokens, then a sum over the programs.
 
 bfloat16, float16 and float32; float64 is refused (use the reference).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, INTERPRET, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 
-_CHUNK = 32  # tokens per program: partial sums then add about 6 % to the backward's traffic
-_ROWS = 8 if INTERPRET else 1  # rows in flight per iteration; a parallel block is what the interpreter is fast at
-_STAGES = 3  # rows prefetched into shared memory ahead of the one being computed
+# 32 tokens per program: partial sums then add about 6 % to the backward's traffic; a block of rows is what the
+# interpreter is fast at
+_ALL = Launch(chunk=32, rows=8 if INTERPRET else 1, stages=3)
+FORWARD = GATED_FORWARD = BACKWARD = GATED_BACKWARD = BIAS_BACKWARD = _ALL
+REDUCE = Launch(columns=4096 if INTERPRET else 256, warps=2)
 
 
 @triton.jit
@@ -258,14 +262,17 @@ def _reduce_kernel(
         tl.store(dgate_ptr + out, gate_sum.to(dgate_ptr.dtype.element_ty), inside)
 
 
-def _blocks(width: int) -> tuple[int, int, int]:
-    """(head, tail, warps): eight features of the head block a thread, which is one 16-byte access in bfloat16.
+def _meta(width: int, launch: Launch) -> dict[str, Any]:
+    """Block sizes and warps: eight features of the head block a thread, which is one 16-byte access in bfloat16.
 
     The tail has at least two a thread (some of them masked): a load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
-    warps = min(max(head // 256, 1), 8)
-    return head, max(tail, 64 * warps), warps
+    options = launch.options(min(max(head // 256, 1), 8))
+    return {
+        "D": width, "HEAD": head, "TAIL": max(tail, 64 * options["num_warps"]),
+        "CHUNK": launch.chunk, "ROWS": launch.rows, "STAGES": launch.stages, **options,
+    }  # fmt: skip
 
 
 def _check(
@@ -294,8 +301,8 @@ def _launch_forward(
     batch, tokens, width = x.shape
     out = x.new_empty(x.shape)
     residual = x if y is None else x.new_empty(x.shape)
-    head, tail, warps = _blocks(width)
-    chunks = triton.cdiv(tokens, _CHUNK)
+    launch = FORWARD if y is None else GATED_FORWARD
+    chunks = triton.cdiv(tokens, launch.chunk)
     if batch * chunks:
         second, gates = (x, shift) if y is None or gate is None else (y, gate)  # unused when not gated
         with on_device(x):
@@ -303,8 +310,7 @@ def _launch_forward(
                 x, second, gates, weight, shift, scale, residual, out, tokens, chunks,
                 x.stride(0), x.stride(1), second.stride(0), second.stride(1),
                 gates.stride(0), shift.stride(0), scale.stride(0), eps,
-                GATED=y is not None, D=width, HEAD=head, TAIL=tail, CHUNK=_CHUNK, ROWS=_ROWS, STAGES=_STAGES,
-                num_warps=warps,
+                GATED=y is not None, **_meta(width, launch),
             )  # fmt: skip
     return residual, out
 
@@ -331,24 +337,22 @@ def _launch_backward(
     dshift, dscale = x.new_empty((batch, width)), x.new_empty((batch, width))
     dgate = x.new_empty((batch, width) if gated else (0,))
     weighted = x.new_empty((batch, width), dtype=torch.float32)
-    head, tail, warps = _blocks(width)
-    chunks = triton.cdiv(tokens, _CHUNK)
+    launch = BACKWARD if not gated else GATED_BACKWARD if bias is None else BIAS_BACKWARD
+    chunks = triton.cdiv(tokens, launch.chunk)
     sums = 2 + gated + (bias is not None)
     partial = x.new_empty((batch, chunks, sums, width), dtype=torch.float32)
     if batch:
-        block = 4096 if INTERPRET else 256
         with on_device(x):
             if chunks:
                 _backward_kernel[(batch * chunks,)](
                     x, second, gates, weight, scale, incoming, dout, dx, dy, partial, tokens, chunks,
                     x.stride(0), x.stride(1), second.stride(0), second.stride(1), gates.stride(0), scale.stride(0),
                     incoming.stride(0), incoming.stride(1), dout.stride(0), dout.stride(1), eps,
-                    GATED=gated, BIAS=bias is not None, RESIDUAL=dresidual is not None, D=width, HEAD=head, TAIL=tail,
-                    CHUNK=_CHUNK, ROWS=_ROWS, STAGES=_STAGES, num_warps=warps,
+                    GATED=gated, BIAS=bias is not None, RESIDUAL=dresidual is not None, **_meta(width, launch),
                 )  # fmt: skip
-            _reduce_kernel[(batch, triton.cdiv(width, block))](
+            _reduce_kernel[(batch, triton.cdiv(width, REDUCE.columns))](
                 partial, weight, scale, dshift, dscale, dgate, weighted, chunks, scale.stride(0),
-                GATED=gated, SUMS=sums, D=width, BLOCK=block, num_warps=2,
+                GATED=gated, SUMS=sums, D=width, BLOCK=REDUCE.columns, **REDUCE.options(2),
             )  # fmt: skip
     dbias = x.new_empty(0) if bias is None else partial[:, :, 3].sum((0, 1)).to(bias)
     return dx, dy, dgate, weighted.sum(0).to(weight.dtype), dshift, dscale, dbias
@@ -507,7 +511,6 @@ def gated_rmsnorm_modulate(
 
 def _offline() -> list[OfflineCase]:
     """XL's width, in bfloat16 and float32, plain, gated, and gated with the bias of y."""
-    head, tail, warps = _blocks(1152)
 
     def signature(kind: str, pointers: str, integers: str, wide: str = "") -> dict[str, str]:
         types = {f"{name}_ptr": kind for name in pointers.split()} | dict.fromkeys(integers.split(), "i32")
@@ -520,19 +523,19 @@ def _offline() -> list[OfflineCase]:
     cases = []
     for kind in ("*bf16", "*fp32"):
         for gated, bias in ((False, False), (True, False), (True, True)):
-            block: dict[str, int] = {"GATED": gated, "D": 1152, "HEAD": head, "TAIL": tail, "CHUNK": _CHUNK, "ROWS": 1}
-            block["STAGES"] = _STAGES
+            block = _meta(1152, GATED_FORWARD if gated else FORWARD) | {"GATED": gated}
             types = signature(kind, "x y gate weight shift scale residual out", "tokens chunks " + forward_strides)
             types["eps"] = "fp32"
             if not bias:
-                cases.append(OfflineCase(_forward_kernel, types, block, warps, tuple(forward_strides.split())))
+                cases.append(OfflineCase(_forward_kernel, types, block, divisible=tuple(forward_strides.split())))
             pointers = "x y gate weight scale dresidual dout dx dy"
             types = signature(kind, pointers, "tokens chunks " + backward_strides, "partial") | {"eps": "fp32"}
-            block = block | {"BIAS": bias, "RESIDUAL": gated}
-            cases.append(OfflineCase(_backward_kernel, types, block, warps, tuple(backward_strides.split())))
+            block = _meta(1152, BACKWARD if not gated else BIAS_BACKWARD if bias else GATED_BACKWARD)
+            block |= {"GATED": gated, "BIAS": bias, "RESIDUAL": gated}
+            cases.append(OfflineCase(_backward_kernel, types, block, divisible=tuple(backward_strides.split())))
             types = signature(kind, "weight scale dshift dscale dgate", "chunks scale_b", "partial dweight")
-            block = {"GATED": gated, "SUMS": 2 + gated + bias, "D": 1152, "BLOCK": 256}
-            cases.append(OfflineCase(_reduce_kernel, types, block, 2, ("scale_b",)))
+            block = {"GATED": gated, "SUMS": 2 + gated + bias, "D": 1152, "BLOCK": REDUCE.columns, **REDUCE.options(2)}
+            cases.append(OfflineCase(_reduce_kernel, types, block, divisible=("scale_b",)))
     return cases
 
 

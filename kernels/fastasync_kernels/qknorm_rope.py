@@ -29,13 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
-_SAMPLES = 16  # samples per program: 12,288 programs at B = N = 256, and partial sums of 2 MB
-_BIAS_SAMPLES = 32  # with the sums of a bias, which are 1152 numbers a program: 6,144 programs, 28 MB
-_STAGES = 3
+# samples per program: 12,288 programs backward at B = N = 256, and partial sums of 2 MB; with the sums of a bias, which
+# are 1152 numbers a program, 6,144 programs and 28 MB.  All heads of a token at a time
+FORWARD = BACKWARD = Launch(chunk=16, stages=3)
+BIAS_BACKWARD = Launch(chunk=32, stages=3)
 
 
 @triton.jit
@@ -253,17 +254,17 @@ def _backward_kernel(
         tl.store(bias_row + high, bias1, inside)
 
 
-def _meta(heads: int, width: int, features: int, samples: int) -> dict[str, Any]:
+def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
     """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
 
     The tail has at least two a thread (some masked): a load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
     rows = triton.next_power_of_2(heads)
-    warps = min(max(rows * head // (32 * features), 1), 8)
+    options = launch.options(min(max(rows * head // (32 * features), 1), 8))
     return {
-        "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * warps // rows),
-        "SAMPLES": samples, "STAGES": _STAGES, "num_warps": warps,
+        "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * options["num_warps"] // rows),
+        "SAMPLES": launch.chunk, "STAGES": launch.stages, **options,
     }  # fmt: skip
 
 
@@ -308,10 +309,10 @@ def _forward_op(
     q, k = _empty(qkv, heads, layout), _empty(qkv, heads, layout)
     if batch and tokens:
         with on_device(qkv):
-            _forward_kernel[(2 * tokens * triton.cdiv(batch, _SAMPLES),)](
+            _forward_kernel[(2 * tokens * triton.cdiv(batch, FORWARD.chunk),)](
                 qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
                 qkv.stride(0), qkv.stride(1), q.stride(0), eps,
-                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16, _SAMPLES),
+                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16, FORWARD),
             )  # fmt: skip
     return q, k
 
@@ -341,8 +342,8 @@ def _backward_op(
     width = packed // (3 * heads)
     dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
     dqkv = qkv.new_empty(qkv.shape)
-    samples = _SAMPLES if bias is None else _BIAS_SAMPLES
-    programs = tokens * triton.cdiv(batch, samples)
+    launch = BACKWARD if bias is None else BIAS_BACKWARD
+    programs = tokens * triton.cdiv(batch, launch.chunk)
     partial = qkv.new_empty((2, programs, width), dtype=torch.float32)
     bias_partial = qkv.new_empty((0 if bias is None else programs, packed), dtype=torch.float32)
     if programs:
@@ -351,7 +352,7 @@ def _backward_op(
                 qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, bias_partial, batch, tokens,
                 qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
-                DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, **_meta(heads, width, 8, samples),
+                DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, **_meta(heads, width, 8, launch),
             )  # fmt: skip
     dq_weight, dk_weight = partial.sum(1).unbind(0)
     dbias = qkv.new_empty(0) if bias is None else bias_partial.sum(0).to(bias)
@@ -429,8 +430,7 @@ def qknorm_rope(
 def _offline() -> list[OfflineCase]:
     """XL: 16 heads of 72, in bfloat16 and float32, backward also with the bias of qkv."""
     cases = []
-    forward, backward = _meta(16, 72, 16, _SAMPLES), _meta(16, 72, 8, _SAMPLES)
-    forward_warps, backward_warps = forward.pop("num_warps"), backward.pop("num_warps")
+    forward = _meta(16, 72, 16, FORWARD)
     for kind in ("*bf16", "*fp32"):
         sizes = {"batch": "i32", "tokens": "i32"}
         tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -439,7 +439,7 @@ def _offline() -> list[OfflineCase]:
         signature = inputs | tables | {"q_ptr": kind, "k_ptr": kind} | sizes
         signature |= dict.fromkeys(strides, "i32") | {"eps": "fp32"}
         forward |= {"OUT_H": 72, "OUT_N": 1152}
-        cases.append(OfflineCase(_forward_kernel, signature, forward, forward_warps, strides))
+        cases.append(OfflineCase(_forward_kernel, signature, forward, divisible=strides))
         strides = ("qkv_b", "qkv_n", "dq_b", "dk_b", "dv_b")
         signature = inputs | tables | {f"{name}_ptr": kind for name in ("dq", "dk", "dv", "dqkv")} | sizes
         signature |= dict.fromkeys(strides, "i32") | {
@@ -447,10 +447,10 @@ def _offline() -> list[OfflineCase]:
             "bias_partial_ptr": "*fp32",
             "eps": "fp32",
         }
-        backward |= {"DQ_H": 72, "DQ_N": 1152, "DK_H": 72, "DK_N": 1152, "DV_H": 72, "DV_N": 1152}
-        for bias, samples in ((False, _SAMPLES), (True, _BIAS_SAMPLES)):
-            block = backward | {"BIAS": bias, "SAMPLES": samples}
-            cases.append(OfflineCase(_backward_kernel, signature, block, backward_warps, strides))
+        orders = {"DQ_H": 72, "DQ_N": 1152, "DK_H": 72, "DK_N": 1152, "DV_H": 72, "DV_N": 1152}
+        for bias, launch in ((False, BACKWARD), (True, BIAS_BACKWARD)):
+            block = _meta(16, 72, 8, launch) | orders | {"BIAS": bias}
+            cases.append(OfflineCase(_backward_kernel, signature, block, divisible=strides))
     return cases
 
 

@@ -46,7 +46,7 @@ def _cases(device: torch.device) -> dict[str, tuple[list[Tensor], Case]]:
 
     def qknorm_rope(ops: ModuleType, x: Sequence[Tensor]) -> Sequence[Tensor]:
         cos, sin = wide(angles.to(x[0].dtype)).cos(), wide(angles.to(x[0].dtype)).sin()
-        return ops.qknorm_rope(x[0], x[1], x[2], cos, sin, 2)
+        return ops.qknorm_rope(x[0], x[1], x[2], cos, sin, 2, bias=x[3] if len(x) > 3 else None)
 
     grid, rows = (3, 8, 4, 4), (3, 16, 144)
     return {
@@ -61,8 +61,14 @@ def _cases(device: torch.device) -> dict[str, tuple[list[Tensor], Case]]:
             [draw(*rows), draw(*rows), draw(3, 144), draw(144), draw(3, 144), draw(3, 144)],
             lambda ops, x: ops.gated_rmsnorm_modulate(*x),
         ),
+        "gated_rmsnorm_modulate with bias": (
+            [draw(*rows), draw(*rows), draw(3, 144), draw(144), draw(3, 144), draw(3, 144), draw(144)],
+            lambda ops, x: ops.gated_rmsnorm_modulate(*x[:6], bias=x[6]),
+        ),
         "qknorm_rope": ([draw(3, 16, 432), draw(72), draw(72)], qknorm_rope),
+        "qknorm_rope with bias": ([draw(3, 16, 432), draw(72), draw(72), draw(432)], qknorm_rope),
         "swiglu": ([draw(3, 16, 288)], lambda ops, x: [ops.swiglu(x[0])]),
+        "swiglu with bias": ([draw(3, 16, 288), draw(288)], lambda ops, x: [ops.swiglu(x[0], bias=x[1])]),
     }
 
 

@@ -5,7 +5,7 @@ Backward, from the input alone (s is recomputed, nothing but the input is kept),
     da = g b s (1 + a (1 - s)),     db = g a s
 
 The gradient of the bias of the linear before it, the sum of [da, db] over all rows, is taken on the way: one partial
-sum for every ``_CHUNK`` rows, then a sum over those, always in the same order.
+sum for every ``chunk`` rows, then a sum over those, always in the same order.
 
 Computed in float32 and rounded once (the reference rounds silu(a) first).  bfloat16, float16 and float32; float64 is
 refused (use the reference).
@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, INTERPRET, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
 
-_COLUMNS = 1024  # 3 x 1024 is XL's width exactly
-_ROWS = 64 if INTERPRET else 4
-# a backward pass that sums the bias's gradient: rows per program, rows in flight, and how far ahead they are fetched
-_CHUNK, _BIAS_ROWS, _STAGES = 64, 64 if INTERPRET else 2, 3
+# 3 x 1024 columns are XL's width exactly; a program takes one block of rows, and with the sums of a bias many
+FORWARD = BACKWARD = Launch(chunk=64 if INTERPRET else 4, rows=64 if INTERPRET else 4, columns=1024, warps=4)
+BIAS_BACKWARD = Launch(chunk=64, rows=64 if INTERPRET else 2, stages=3, columns=1024, warps=4)
 
 
 @triton.jit
@@ -61,7 +60,6 @@ def _backward_kernel(
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Without BIAS, CHUNK is ROWS: one block of rows a program."""
     chunk, columns = _place(F, CHUNK, COLUMNS)
     column = columns[None, :]
     kind: tl.constexpr = dpacked_ptr.dtype.element_ty
@@ -102,10 +100,10 @@ def _as_rows(name: str, tensor: Tensor) -> Tensor:
     return rows
 
 
-def _grid(rows: int, width: int, chunk: int) -> tuple[tuple[int], dict[str, int]]:
-    columns = min(_COLUMNS, triton.next_power_of_2(width))
-    grid = (triton.cdiv(rows, chunk) * triton.cdiv(width, columns),)
-    return grid, {"F": width, "COLUMNS": columns, "num_warps": 4}
+def _grid(rows: int, width: int, launch: Launch) -> tuple[tuple[int], dict[str, int]]:
+    columns = min(launch.columns, triton.next_power_of_2(width))
+    grid = (triton.cdiv(rows, launch.chunk) * triton.cdiv(width, columns),)
+    return grid, {"F": width, "ROWS": launch.rows, "COLUMNS": columns, **launch.options(4)}
 
 
 @torch.library.custom_op("fastasync::swiglu", mutates_args=())
@@ -119,9 +117,9 @@ def _forward_op(packed: Tensor, bias: Tensor | None) -> Tensor:
     width = packed.shape[-1] // 2
     out = packed.new_empty((*packed.shape[:-1], width))
     if source.shape[0]:
-        grid, meta = _grid(source.shape[0], width, _ROWS)
+        grid, meta = _grid(source.shape[0], width, FORWARD)
         with on_device(packed):
-            _forward_kernel[grid](source, out, source.shape[0], source.stride(0), ROWS=_ROWS, **meta)
+            _forward_kernel[grid](source, out, source.shape[0], source.stride(0), **meta)
     return out
 
 
@@ -139,14 +137,14 @@ def _backward_op(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor,
         gradient = gradient.contiguous()
     dpacked = packed.new_empty(packed.shape)
     rows, width = source.shape[0], packed.shape[-1]
-    chunk = _CHUNK if with_bias else _ROWS
-    partial = packed.new_empty((triton.cdiv(rows, chunk) if with_bias else 0, width), dtype=torch.float32)
+    launch = BIAS_BACKWARD if with_bias else BACKWARD
+    partial = packed.new_empty((triton.cdiv(rows, launch.chunk) if with_bias else 0, width), dtype=torch.float32)
     if rows:
-        grid, meta = _grid(rows, width // 2, chunk)
+        grid, meta = _grid(rows, width // 2, launch)
         with on_device(packed):
             _backward_kernel[grid](
                 source, gradient, dpacked, partial, rows, source.stride(0), gradient.stride(0),
-                BIAS=with_bias, CHUNK=chunk, ROWS=_BIAS_ROWS if with_bias else _ROWS, STAGES=_STAGES, **meta,
+                BIAS=with_bias, CHUNK=launch.chunk, STAGES=launch.stages, **meta,
             )  # fmt: skip
     return dpacked, partial.sum(0) if with_bias else partial
 
@@ -186,15 +184,14 @@ def swiglu(packed: Tensor, *, bias: Tensor | None = None) -> Tensor:
 def _offline() -> list[OfflineCase]:
     """XL: F = 3072, in bfloat16 and float32."""
     cases = []
-    meta = {"F": 3072, "ROWS": 4, "COLUMNS": _COLUMNS}
     for kind in ("*bf16", "*fp32"):
         signature = {"packed_ptr": kind, "out_ptr": kind, "rows": "i32", "packed_row": "i32"}
-        cases.append(OfflineCase(_forward_kernel, signature, meta, 4, ("packed_row",)))
+        cases.append(OfflineCase(_forward_kernel, signature, _grid(1, 3072, FORWARD)[1], divisible=("packed_row",)))
         signature = {"packed_ptr": kind, "dout_ptr": kind, "dpacked_ptr": kind, "partial_ptr": "*fp32"}
         signature |= {"rows": "i32", "packed_row": "i32", "dout_row": "i32"}
-        for bias, chunk, count in ((False, 4, 4), (True, _CHUNK, 2)):
-            options = meta | {"BIAS": bias, "CHUNK": chunk, "ROWS": count, "STAGES": _STAGES}
-            cases.append(OfflineCase(_backward_kernel, signature, options, 4, ("packed_row", "dout_row")))
+        for bias, launch in ((False, BACKWARD), (True, BIAS_BACKWARD)):
+            block = _grid(1, 3072, launch)[1] | {"BIAS": bias, "CHUNK": launch.chunk, "STAGES": launch.stages}
+            cases.append(OfflineCase(_backward_kernel, signature, block, divisible=("packed_row", "dout_row")))
     return cases
 
 

@@ -6,20 +6,13 @@ with real arguments, up to the launch itself.  Prints one line each and leaves w
 
 import importlib
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 import traceback
 
 import fastasync_kernels
 import torch
-import triton
-from fastasync_kernels import _common
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-TARGET = GPUTarget("cuda", 90, 32)
+from bench.offline import compile_case, resources, without_a_gpu
 
 
 def registry():
@@ -30,33 +23,6 @@ def registry():
             yield found.name, case
 
 
-def compile_case(case):
-    names = case.kernel.arg_names
-    unknown = (set(case.signature) | set(case.constexprs)) - set(names)
-    missing = set(names) - set(case.signature) - set(case.constexprs)
-    if unknown or missing:
-        raise ValueError(f"arguments that the kernel lacks: {sorted(unknown)}; not given: {sorted(missing)}")
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in case.divisible]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(case.kernel, signature, case.constexprs, attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": case.num_warps})
-
-
-def resources(cubin):
-    """(registers, bytes of stack and local memory) from the cubin; the latter are spills."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    if not found:
-        raise ValueError(f"cuobjdump printed no resources: {text!r}")
-    registers, stack, local = map(int, found[0])
-    return registers, stack + local
-
-
 def run_registry():
     failed, count = 0, 0
     for module, case in registry():
@@ -64,7 +30,7 @@ def run_registry():
         types = "/".join(dict.fromkeys(kind for kind in case.signature.values() if kind.startswith("*")))
         label = f"{module}.{case.kernel.__name__} {types}"
         try:
-            registers, spilled = resources(compile_case(case).asm["cubin"])
+            registers, spilled, _ = resources(compile_case(case))
         except Exception:
             failed += 1
             print(f"FAILED {label}\n{traceback.format_exc()}")
@@ -73,19 +39,6 @@ def run_registry():
         print(f"{'SPILLED' if spilled else 'ok'} {label}: {registers} registers, {spilled} bytes spilled")
     print(f"{count} builds, {failed} failed")
     return failed
-
-
-class NoDevice:
-    """What Triton's launcher asks of a driver before it launches."""
-
-    def get_current_target(self):
-        return TARGET
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def operations(ops):
@@ -121,33 +74,30 @@ def operations(ops):
     yield "rmsnorm_modulate", lambda: back(ops.rmsnorm_modulate(tokens, weight, row, row))
     yield "gated", lambda: back(*ops.gated_rmsnorm_modulate(tokens, tokens, row, weight, row, row))
     yield "swiglu", lambda: back(ops.swiglu(tensor(2, 256, 6144)))
+    bias = tensor(width, dtype=torch.float32)
+    yield "gated, bias", lambda: back(*ops.gated_rmsnorm_modulate(tokens, tokens, row, weight, row, row, bias=bias))
+    wide = tensor(6144, dtype=torch.float32)
+    yield "swiglu, bias", lambda: back(ops.swiglu(tensor(2, 256, 6144), bias=wide))
     head, table = tensor(72), torch.zeros(256, 72)
-    yield "qknorm_rope", lambda: back(*ops.qknorm_rope(tensor(2, 256, 3 * width), head, head, table, table, 16))
+    heads = (head, head, table, table, 16)
+    yield "qknorm_rope", lambda: back(*ops.qknorm_rope(tensor(2, 256, 3 * width), *heads))
+    packed = tensor(3 * width)
+    yield "qknorm_rope, bias", lambda: back(*ops.qknorm_rope(tensor(2, 256, 3 * width), *heads, bias=packed))
 
 
 def run_launches():
     ops = importlib.import_module("fastasync_kernels.triton_ops")  # before INTERPRET changes: block sizes hang on it
-    launches = 0
-    launch = triton.runtime.jit.JITFunction.run
-
-    def prepare(self, *args, grid, warmup, **kwargs):
-        nonlocal launches
-        launches += 1
-        return launch(self, *args, grid=grid, warmup=True, **kwargs)
-
-    triton.runtime.jit.JITFunction.run = prepare
-    triton.runtime.driver.set_active(NoDevice())
-    _common.INTERPRET = True  # lets CPU tensors through the checks
-    failed = 0
-    for name, call in operations(ops):
-        before = launches
-        try:
-            call()
-        except Exception:
-            failed += 1
-            print(f"FAILED {name}\n{traceback.format_exc()}")
-        else:
-            print(f"ok {name}: {launches - before} launches")
+    launches, failed = [], 0
+    with without_a_gpu(lambda name, built, options: launches.append(name)):
+        for name, call in operations(ops):
+            before = len(launches)
+            try:
+                call()
+            except Exception:
+                failed += 1
+                print(f"FAILED {name}\n{traceback.format_exc()}")
+            else:
+                print(f"ok {name}: {len(launches) - before} launches")
     return failed
 
 

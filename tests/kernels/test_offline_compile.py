@@ -10,7 +10,8 @@ HERE = Path(__file__).parent
 
 def test_kernels_compile_without_spills_and_launchers_bind_their_arguments(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HERE.parents[1] / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)}
+    root = HERE.parents[1]
+    environment |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(HERE / "offline.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -20,3 +21,7 @@ def test_kernels_compile_without_spills_and_launchers_bind_their_arguments(tmp_p
     # forward and backward; the loss: errors and gradient, their sum, the scaling that a factor of one skips
     assert lines["noising 1"] == lines["flow_errors 1"] == "2 launches"
     assert lines["corrected_loss 1"] == "3 launches"
+    # a bias costs no launch of its own
+    assert lines["gated, bias"] == lines["gated"] == lines["rmsnorm_modulate"] == "3 launches"
+    for name in ("swiglu", "qknorm_rope"):
+        assert lines[f"{name}, bias"] == lines[name] == "2 launches"
