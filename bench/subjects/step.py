@@ -14,6 +14,7 @@ from fastasync.model import train_flops
 # size, batch, variants; the order is that of importance
 PLANS = (
     ("XL", 256, ("pytorch regional", "ours regional", "ours fp8")),
+    ("XL", 256, ("ours regional graph",)),  # alone: a recording keeps its activations' memory
     ("cifar10", 256, ("ours graph uncompiled", "ours graph", "pytorch whole", "ours whole")),
     ("B", 256, ("pytorch regional", "ours regional")),
     ("XL", 256, ("pytorch whole", "ours whole")),
