@@ -29,7 +29,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ours regional": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional"}},
     "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
     "ours fp8": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional", "precision": "fp8"}},
-    "ours regional graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"}},
+    "ours regional graph": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"},
+    },
     "ours graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model", "cuda_graph": "on"}},
     "ours graph uncompiled": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off", "cuda_graph": "on"}},
 }
