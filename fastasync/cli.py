@@ -210,12 +210,13 @@ def _stage(arguments: argparse.Namespace) -> int:
         stages.check_schedules(config)
     else:
         stages.preflight(config, _WORK[arguments.command])
+        stages.check_begun_probes(Run(out, config))  # here too, so that config.yaml does not hold what is refused
     if arguments.command in ("sample", "evaluate") and not checkpoint.steps(out / checkpoint.FOLDER):
         raise UserError("checkpoint", f"none in {out}", "train first, or give another --out")
     if arguments.command in ("train", "run"):
         check_engine(config)
         done = checkpoint.steps(out / checkpoint.FOLDER)
-        if done and done[-1][0] > config.train.steps:  # here, so that config.yaml does not hold what is refused
+        if done and done[-1][0] > config.train.steps:
             raise UserError(
                 "train.steps", config.train.steps, f"the run is at step {done[-1][0]} already; give at least that"
             )

@@ -30,7 +30,7 @@ from fastasync.evaluation.protocol import hardware_name
 from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_inputs, open_inputs
 from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
-from fastasync.probe import ProbeResult, learn_schedule, probe_plan
+from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
 from fastasync.throughput import expected_hours
@@ -90,6 +90,13 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
             import_torch_fidelity()
         if config.evaluate.features == "inception":
             InceptionFeatures(config.evaluate.weights)
+
+
+def check_begun_probes(run: Run) -> None:
+    """Raises UserError where an interrupted probe of the run or of a baseline was planned for other train.steps."""
+    for each in (run, *(run.baseline(name) for name in run.config.schedule.baselines)):
+        if each.config.schedule.name == "learned" and not each.schedule_file.exists():
+            check_begun(each.probe_folder, each.config.train.steps)
 
 
 def prepare_stage(run: Run, say: Say = print) -> Inputs:
@@ -385,6 +392,7 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 __all__ = [
+    "check_begun_probes",
     "check_schedules",
     "evaluate_stage",
     "planned_flops",

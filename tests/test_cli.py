@@ -88,6 +88,24 @@ def test_generation_in_the_loop_and_the_oracle(tmp_path, capsys):
     assert "estimator C" in capsys.readouterr().out
 
 
+def test_an_interrupted_probe_of_another_length_is_named_and_kept(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastasync.probe.learn.sweep", killed)
+        assert main(arguments(out)) == 130
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    longer = ["train", "--out", out, "--set", "train.steps=20"]
+    refused(capsys, longer, "train.steps: 20", "a run of 12 steps", str(out / "probe"), "fastasync probe")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert main(["probe", "--out", str(out), "--set", "train.steps=12"]) == 0
+    assert main([str(part) for part in longer]) == 0
+    assert (out / "checkpoints" / "step_00000020").is_dir()
+
+
 def test_guided_sampling_and_class_lists(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -4,7 +4,7 @@ from fastasync.probe.budget import Budget, BudgetExceeded, plan_probe
 from fastasync.probe.diagnostics import curl, curl_report, describe
 from fastasync.probe.gaussian import GaussianCase
 from fastasync.probe.generation import Scorer, candidate_family, search
-from fastasync.probe.learn import ProbeResult, learn_schedule, probe_plan
+from fastasync.probe.learn import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.probe.oracle import OraclePath, best_path
 from fastasync.probe.surface import LossSurface, line_loss, minimise, naive_loss, sweep
 
@@ -18,6 +18,7 @@ __all__ = [
     "Scorer",
     "best_path",
     "candidate_family",
+    "check_begun",
     "curl",
     "curl_report",
     "describe",

@@ -55,12 +55,13 @@ class Scorer:
 
     @classmethod
     def of(cls, features: Callable[[Tensor], Tensor], latents: Latents, flops: float = 0.0, batch: int = 500) -> Scorer:
-        """The reference from the latents themselves: all of them, or the first 10,000."""
-        parts = []
-        for start in range(0, min(len(latents), _REFERENCE_SAMPLES), batch):
-            parts.append(
-                features(latents.batch(torch.arange(start, min(start + batch, len(latents))))[0]).double().cpu()
-            )
+        """The reference from the latents themselves: all of them, or 10,000 spread evenly over the set.
+
+        Evenly, so that a set which is sorted by class is represented with all its classes.
+        """
+        count = min(len(latents), _REFERENCE_SAMPLES)
+        spread = torch.arange(count) * len(latents) // count
+        parts = [features(latents.batch(part)[0]).double().cpu() for part in spread.split(batch)]
         return cls(features, gaussian_statistics(torch.cat(parts)), flops)
 
 

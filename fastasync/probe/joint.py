@@ -11,7 +11,7 @@ at the optimal velocity their expected gradient is zero, and off its path a prob
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import fastasync_kernels
@@ -25,7 +25,8 @@ from fastasync.densities import Density
 from fastasync.model import LightningDiT
 from fastasync.objective import draw_times, mixture_component, stratified
 from fastasync.probe.budget import JOINT_WARMUP
-from fastasync.probe.network import Trainer, autocast, check_finite, drop_some, training_batch
+from fastasync.probe.network import Trainer, adam_state, autocast, check_finite, drop_some, training_batch
+from fastasync.probe.resume import Progress
 from fastasync.probe.surface import starting_points
 from fastasync.schedule import ConvexSchedule, Schedule, kinetic_energy
 
@@ -126,6 +127,22 @@ class ScheduleLearner:
                 self.logits += (self.schedule.logits - self.logits) / self.averaged
             self.loss += (self.last - self.loss) / self.averaged
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes from step to step, by name."""
+        logits = self.schedule.logits
+        numbers = torch.tensor([self.done, self.averaged, self.loss, self.last], dtype=torch.float64)
+        kept = {"logits": logits.detach(), "average": self.logits, "numbers": numbers}
+        return kept | {f"adam.{name}": value for name, value in self.optimizer.state[logits].items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what `state` gave, before the first update."""
+        done, averaged, self.loss, self.last = state["numbers"].tolist()
+        self.done, self.averaged, self.logits = int(done), int(averaged), state["average"]
+        with torch.no_grad():
+            self.schedule.logits.copy_(state["logits"])
+        if self.done:
+            self.optimizer.state[self.schedule.logits] = adam_state(state, "adam.", "cpu")
+
     def result(self) -> ConvexSchedule:
         """The schedule of the averaged logits."""
         start = self.schedule
@@ -143,12 +160,13 @@ def learn_jointly(
     steps: int,
     device: torch.device | str,
     progress: bool = True,
+    states: Progress | None = None,
 ) -> JointResult:
     """Train the probe along the schedules and the schedules through the probe, alternately, for ``steps`` steps.
 
     One network serves all starts: each has its share of every batch.  The network's loss has weight 1 for each
     representation (lam may be zero for some, and their velocities must be learned too).  The start with the least J
-    wins.
+    wins.  Goes on from the newest of ``states``.
     """
     probe, reps = config.probe, config.representations
     channels = reps.channels
@@ -165,8 +183,22 @@ def learn_jointly(
         with autocast(device):
             return model(x, tau, y)
 
-    bar = tqdm(range(steps), desc="joint probe", unit="step", disable=not progress)
+    stateful: list[Trainer | ScheduleLearner] = [trainer, *learners.values()]
+
+    def state() -> dict[str, Tensor]:
+        return {
+            f"{number}/{name}": value for number, part in enumerate(stateful) for name, value in part.state().items()
+        }
+
+    if states is not None and (kept := states.load()) is not None:
+        for number, part in enumerate(stateful):
+            prefix = f"{number}/"
+            part.restore({name.removeprefix(prefix): kept[name] for name in kept if name.startswith(prefix)})
+    begin = trainer.done
+    bar = tqdm(range(begin, steps), desc="joint probe", unit="step", initial=begin, total=steps, disable=not progress)
     for step in bar:
+        if states is not None and step > begin:
+            states.save(state, step)
         z, y = training_batch(config, latents, step, device)
         y = drop_some(y, config, step, samples)
         # 1. the network, along every schedule as it is now: corrected loss, mixture proposal

@@ -1,12 +1,11 @@
 """One interface over the three estimators: latents in, a schedule and everything the report needs out.
 
 A folder holds ``probe.json`` (schedule, tables, budget), ``surface.npz`` (the fitted loss surface) and the trained
-probe network (B, C), from which an interrupted run goes on.
+probe network (B, C), from which an interrupted run goes on; while it is trained, its state every few minutes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,12 +28,14 @@ from fastasync.probe.generation import LEAST_SAMPLES, Scorer, candidate_family, 
 from fastasync.probe.joint import learn_jointly
 from fastasync.probe.network import Errors, autocast, build_probe, surface_errors, train_surface_probe
 from fastasync.probe.oracle import best_path
+from fastasync.probe.resume import TRAINING, Progress, read_facts
 from fastasync.probe.surface import LossSurface, sweep
 from fastasync.sampling.generate import initial_noise, sample_labels
 from fastasync.sampling.integrators import evaluations, integrate, time_grid
 from fastasync.schedule import Schedule, schedule_from_json
 
 RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
+PLANNED = "train.steps"  # whose share the budget is
 MAX_FIT = 200_000  # errors to fit a surface of a few dozen coefficients to: more would not change it
 MIN_FIT = 512
 _LATTICE = {1: 65, 2: 33, 3: 17}  # points on each axis of the stored surface, by K
@@ -89,14 +90,17 @@ class ProbeResult:
         lines.append(f"budget {self.budget['label']}: {parts}; {self.budget['total_seconds']:.1f} s")
         return lines
 
-    def save(self, folder: str | Path, fingerprint: str) -> None:
-        """Write surface.npz, then probe.json (whose presence means done), each atomically."""
+    def save(self, folder: str | Path, about: dict[str, Any]) -> None:
+        """Write surface.npz, then probe.json (whose presence means done), each atomically.
+
+        ``about``: ``fingerprint`` and what else tells the configuration.
+        """
         folder = Path(folder)
         if self.surface:
             with atomic_path(folder / SURFACE) as partial, open(partial, "wb") as stream:
                 np.savez(stream, allow_pickle=False, **self.surface)
         content = {name: getattr(self, name) for name in ("estimator", "diagnostics", "candidates", "sweep", "budget")}
-        write_json(folder / RESULT, {"fingerprint": fingerprint, "schedule": self.schedule.to_json(), **content})
+        write_json(folder / RESULT, {**about, "schedule": self.schedule.to_json(), **content})
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None = None) -> ProbeResult | None:
@@ -105,31 +109,16 @@ class ProbeResult:
         Raises UserError when the file is damaged or belongs to another configuration than ``fingerprint``.
         """
         folder = Path(folder)
-        content = _read_json(folder / RESULT, fingerprint)
+        content = read_facts(folder / RESULT, fingerprint)
         if content is None:
             return None
-        del content["fingerprint"]
+        content = {name: value for name, value in content.items() if name not in ("fingerprint", PLANNED)}
         surface: dict[str, np.ndarray] = {}
         if (folder / SURFACE).exists():
             with np.load(folder / SURFACE, allow_pickle=False) as arrays:
                 surface = dict(arrays)
         schedule = schedule_from_json(content.pop("schedule"), source=str(folder / RESULT))
         return cls(schedule, surface=surface, **content)
-
-
-def _read_json(path: Path, fingerprint: str | None) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        found = content["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(str(path), f"cannot be read ({error})", "remove it and run the probe again") from None
-    if fingerprint is not None and found != fingerprint:
-        raise UserError(
-            str(path), f"made by another configuration ({found})", "choose another --out, or remove the probe's folder"
-        )
-    return content
 
 
 def probe_loss_weights(config: Config) -> tuple[float, ...]:
@@ -179,7 +168,7 @@ class _Job(NamedTuple):
     latents: Latents
     device: torch.device
     folder: Path | None
-    fingerprint: str
+    about: dict[str, Any]  # what the trained network depends on: its fingerprint, the planned steps
     progress: bool
     plan: Plan
     budget: Budget
@@ -220,7 +209,8 @@ def learn_schedule(
     """
     probe, device = config.probe, torch.device(device)
     folder = Path(out_dir) if out_dir is not None else None
-    fingerprint = _fingerprint(config, latents, planned_flops, oracle)
+    trained = {"fingerprint": _fingerprint(config, latents, planned_flops), PLANNED: config.train.steps}
+    fingerprint = digest_tensors({}, trained, oracle, config.sample.integrator, config.sample.grid_power)[:16]
     if folder is not None and (done := ProbeResult.load(folder, fingerprint)) is not None:
         return done
     if probe.estimator == "C" and score is None:
@@ -232,7 +222,7 @@ def learn_schedule(
         latents=latents,
         device=device,
         folder=folder,
-        fingerprint=fingerprint,
+        about=trained,
         progress=progress,
         plan=_plan(config, forward, planned_flops, score.flops if score else 0.0),
         budget=Budget(probe.budget * planned_flops, f"probe.budget {probe.budget:g} of {planned_flops:.3g} FLOPs"),
@@ -244,21 +234,40 @@ def learn_schedule(
     )
     result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
     if folder is not None:
-        result.save(folder, fingerprint)
+        result.save(folder, {**trained, "fingerprint": fingerprint})
+        Progress(folder, trained).finish()
     return result
 
 
-def _fingerprint(config: Config, latents: Latents, planned_flops: float, oracle: bool) -> str:
+def _fingerprint(config: Config, latents: Latents, planned_flops: float) -> str:
+    """Of everything that the trained probe depends on."""
     z, y = latents.batch(torch.arange(min(len(latents), 64)))
     sections = (config.representations, config.probe)
     model = (config.model.classes, config.model.patch, config.model.label_dropout)
-    sampling = (config.sample.integrator, config.sample.grid_power, config.objective.density, config.data.flip)
     facts = [asdict(section) for section in sections]
-    return digest_tensors({"z": z, "y": y}, facts, model, sampling, len(latents), planned_flops, oracle)[:16]
+    density, flip = config.objective.density, config.data.flip
+    return digest_tensors({"z": z, "y": y}, facts, model, density, flip, len(latents), planned_flops)[:16]
+
+
+def check_begun(folder: Path, train_steps: int) -> None:
+    """Raises UserError where an unfinished probe in ``folder`` was planned for another run than ``train_steps``.
+
+    Its budget is a share of that run.  Everything else that it depends on cannot change in a run's folder.
+    """
+    for name in (RESULT, NETWORK_FACTS, TRAINING):
+        facts = read_facts(folder / name, None) or {}
+        planned = facts.get(PLANNED, train_steps)
+        if planned != train_steps:
+            remedy = (
+                f"{folder} holds a probe for a run of {planned} steps that was interrupted: finish it with "
+                f"`fastasync probe` and train.steps={planned} first, or remove that folder to begin it again"
+            )
+            raise UserError(PLANNED, train_steps, remedy)
 
 
 def _joint(job: _Job) -> ProbeResult:
     """Estimator A."""
+    states = Progress(job.folder, job.about)
     with job.budget.timed("training"):
         # everything is planned: see JOINT_STEP for what a step costs
         job.budget.spend("training", job.plan.steps * JOINT_STEP * 3 * job.forward * job.config.probe.batch)
@@ -272,7 +281,9 @@ def _joint(job: _Job) -> ProbeResult:
             job.plan.steps,
             job.device,
             job.progress,
+            states,
         )
+    job.budget.seconds["training"] += states.seconds_before
     chosen = min(found.rows, key=lambda row: row["objective"])
     diagnostics = {
         "chosen": {"lam": list(job.lam), **{key: value for key, value in chosen.items() if key != "schedule"}},
@@ -334,7 +345,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
 def _trained(job: _Job) -> Errors:
     """Train the probe and draw its errors, or take both from an interrupted run."""
     probe, budget = job.config.probe, job.budget
-    facts = None if job.folder is None else _read_json(job.folder / NETWORK_FACTS, job.fingerprint)
+    facts = None if job.folder is None else read_facts(job.folder / NETWORK_FACTS, job.about["fingerprint"])
     if job.folder is not None and facts is not None:
         tensors = load_tensors(job.folder / NETWORK, facts["sha256"], f"remove {job.folder} and run the probe again")
         errors = Errors(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
@@ -342,9 +353,11 @@ def _trained(job: _Job) -> Errors:
         job.network.eval()
         budget.flops, budget.seconds = dict(facts["flops"]), dict(facts["seconds"])
         return errors
+    states = Progress(job.folder, job.about)
     with budget.timed("training"):
         budget.spend("training", 3 * job.forward * probe.batch * job.plan.steps)
-        train_surface_probe(job.network, job.config, job.latents, job.plan.steps, job.device, job.progress)
+        train_surface_probe(job.network, job.config, job.latents, job.plan.steps, job.device, job.progress, states)
+    budget.seconds["training"] += states.seconds_before
     # where C's share of a tiny budget is less than a fit needs, it is taken from the samples
     count = max(min(int(job.plan.fit_flops / job.forward), MAX_FIT), min(MIN_FIT, int(budget.left / job.forward)))
     with budget.timed("surface"):
@@ -365,7 +378,7 @@ def _trained(job: _Job) -> Errors:
         digest = save_tensors(job.folder / NETWORK, kept)
         write_json(
             job.folder / NETWORK_FACTS,
-            {"fingerprint": job.fingerprint, "sha256": digest, "flops": budget.flops, "seconds": budget.seconds},
+            {**job.about, "sha256": digest, "flops": budget.flops, "seconds": budget.seconds},
         )
     return errors
 

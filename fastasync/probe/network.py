@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from fastasync.data import Latents, batch_indices, draw_flips
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, drop_labels, train_flops
 from fastasync.objective import TIME_STREAM
+from fastasync.probe.resume import Progress
 from fastasync.training.graph import GraphedStep, Part, launch_bound
 
 CLIP = 1.0  # largest gradient norm
@@ -121,6 +122,28 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.average)
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that changes from step to step, by name."""
+        kept = {"done": torch.tensor(self.done)}
+        for number, (weight, average) in enumerate(zip(self.weights, self.average)):
+            kept |= {f"{number}.weight": weight.detach(), f"{number}.average": average}
+            kept |= {f"{number}.adam.{name}": value for name, value in self.optimizer.state[weight].items()}
+        return kept
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what `state` gave, before the first step."""
+        self.done = int(state["done"])
+        with torch.no_grad():
+            for number, (weight, average) in enumerate(zip(self.weights, self.average)):
+                weight.copy_(state[f"{number}.weight"])
+                average.copy_(state[f"{number}.average"])
+                self.optimizer.state[weight] = adam_state(state, f"{number}.adam.", weight.device)
+
+
+def adam_state(state: Mapping[str, Tensor], prefix: str, device: torch.device | str) -> dict[str, Tensor]:
+    """The optimizer's tensors of one weight: those of ``state`` whose names begin with ``prefix``."""
+    return {name.removeprefix(prefix): value.to(device) for name, value in state.items() if name.startswith(prefix)}
+
 
 def training_batch(config: Config, latents: Latents, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Latents and labels of one of the probe's steps; pure in (probe.seed, step)."""
@@ -143,16 +166,25 @@ def check_finite(loss: float, step: int) -> None:
 
 
 def train_surface_probe(
-    model: LightningDiT, config: Config, latents: Latents, steps: int, device: torch.device | str, progress: bool = True
+    model: LightningDiT,
+    config: Config,
+    latents: Latents,
+    steps: int,
+    device: torch.device | str,
+    progress: bool = True,
+    states: Progress | None = None,
 ) -> float:
     """Train ``model`` in place for ``steps`` steps of ``config.probe.batch`` with independent local times.
 
     The loss is the sum over representations of the mean squared error.  The model ends with its EMA weights, in
-    evaluation mode.  Same seed, same result on any CPU.  Returns the last loss.
+    evaluation mode.  Same seed, same result on any CPU, also when it goes on from one of ``states``.  Returns the last
+    loss.
     """
     probe, channels = config.probe, config.representations.channels
     ops = fastasync_kernels.select(config.model.kernels, device)
     trainer = Trainer(model.train(), probe.lr, steps)
+    if states is not None and (kept := states.load()) is not None:
+        trainer.restore(kept)
     network: Any = model
     cuda = torch.device(device).type == "cuda"
     recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * probe.batch)
@@ -170,7 +202,8 @@ def train_surface_probe(
         return (loss.detach(),)
 
     run: Any = GraphedStep(compute, torch.device(device)) if recorded else compute
-    bar = tqdm(range(steps), desc="probe", unit="step", disable=not progress)
+    begin = trainer.done
+    bar = tqdm(range(begin, steps), desc="probe", unit="step", initial=begin, total=steps, disable=not progress)
     value = float("nan")
     for step in bar:
         z, y = training_batch(config, latents, step, device)
@@ -182,6 +215,8 @@ def train_surface_probe(
             value = float(loss)
             check_finite(value, step)
             bar.set_postfix(loss=f"{value:.3f}")
+        if states is not None:
+            states.save(trainer.state, step + 1)
     trainer.finish()
     model.eval()
     return value

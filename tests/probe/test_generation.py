@@ -172,3 +172,18 @@ def test_reference_from_latents():
     x = torch.arange(700.0).double()
     expected = gaussian_statistics(torch.stack([x, x.float().square().double()], 1))
     torch.testing.assert_close(scorer.reference.cov, expected.cov)
+
+
+def test_the_reference_of_a_large_set_is_spread_over_its_classes():
+    class Sorted:
+        classes = 10
+
+        def __len__(self):
+            return 25_000
+
+        def batch(self, indices, flips=None):  # sorted by class, which is what the features show
+            label = indices * 10 // 25_000
+            return torch.nn.functional.one_hot(label, 10).float()[:, :, None, None], label
+
+    mean = Scorer.of(lambda z: z.flatten(1), Sorted()).reference.mean
+    torch.testing.assert_close(mean, torch.full((10,), 0.1, dtype=torch.float64), rtol=0, atol=1e-4)

@@ -10,7 +10,10 @@ from probe_cases import ROLES, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLa
 from fastasync.config import Probe, config_from_dict
 from fastasync.errors import UserError
 from fastasync.model import forward_flops
+from fastasync.probe import joint as joint_module
 from fastasync.probe import learn as learn_module
+from fastasync.probe import network as network_module
+from fastasync.probe import resume as resume_module
 from fastasync.probe.budget import Budget, BudgetExceeded, plan_probe
 from fastasync.probe.generation import Scorer
 from fastasync.probe.learn import ProbeResult, chosen_beta, learn_schedule, probe_loss_weights, probe_plan
@@ -99,6 +102,74 @@ def test_an_interrupted_probe_goes_on_from_its_trained_network(moment, tmp_path,
     assert resumed.schedule.to_json() == uninterrupted.schedule.to_json()
     assert resumed.candidates == uninterrupted.candidates
     assert resumed.budget["flops"] == uninterrupted.budget["flops"]
+
+
+@pytest.mark.parametrize("estimator", ["A", "B"])
+def test_an_interrupted_training_goes_on_bit_for_bit(estimator, tmp_path, monkeypatch):
+    config = tiny_config(estimator=estimator)
+    uninterrupted = learned(config)
+    module = joint_module if estimator == "A" else network_module
+    drawn, steps = module.training_batch, []
+
+    def interrupted(config, latents, step, device):
+        if step in (13, 29) and step not in steps:  # before A's warm-up is over, and after it
+            steps.append(step)
+            raise KeyboardInterrupt
+        steps.append(step)
+        return drawn(config, latents, step, device)
+
+    monkeypatch.setattr(module, "training_batch", interrupted)
+    monkeypatch.setattr(resume_module, "EVERY", 0.0)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            learned(config, out_dir=tmp_path)
+        assert len(list(tmp_path.glob("training-*"))) == 1
+    resumed = learned(config, out_dir=tmp_path)
+    assert steps.count(0) == steps.count(12) == steps.count(28) == 1, "no step was done again"
+    assert resumed.schedule.to_json() == uninterrupted.schedule.to_json()
+    assert resumed.sweep == uninterrupted.sweep
+    assert resumed.budget["flops"] == uninterrupted.budget["flops"]
+    assert not list(tmp_path.glob("training*"))
+
+
+def test_states_of_a_training_are_rare_and_checked(tmp_path, monkeypatch):
+    config = tiny_config(estimator="B")
+    learned(config, out_dir=tmp_path / "quick")
+    assert not list((tmp_path / "quick").glob("training*"))  # seconds of training are not worth a file
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume_module, "EVERY", 0.0)
+        patch.setattr(learn_module, "surface_errors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learned(config, out_dir=tmp_path)
+    (state,) = tmp_path.glob("training-*")
+    with pytest.raises(UserError, match="another configuration"):
+        learned(tiny_config(estimator="B", seed=9), out_dir=tmp_path)
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"training\.json: the probe's training then starts again"):
+        learned(config, out_dir=tmp_path)
+
+
+def test_what_the_network_does_not_depend_on_may_change_after_an_interruption(tmp_path, monkeypatch):
+    config = tiny_config(estimator="C", train_share=0.4)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learn_module, "search", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learned(config, out_dir=tmp_path)
+    config = config_from_dict({"sample": dict(integrator="euler")}, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(learn_module, "train_surface_probe", killed)  # must not train again
+        resumed = learned(config, out_dir=tmp_path, oracle=True)
+    assert resumed.diagnostics["method"] == "euler"
+    assert resumed.diagnostics["oracle"]["value"] > 0
+    assert resumed.candidates == learned(config).candidates
 
 
 def test_bad_folders(tmp_path):
