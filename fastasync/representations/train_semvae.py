@@ -1,8 +1,9 @@
 """``fastasync train-semvae``: a SemVAE from images through a frozen ViT, or from cached features.
 
-The output folder holds ``metrics.jsonl``, the newest checkpoint (``state.json`` names it) and, once finished,
-``semvae.safetensors`` with ``semvae.json``: what the representation ``dino_semantic`` reads.  Batches, noise and
-learning rate are pure functions of seed and step, so a resumed run continues as if it had not stopped.
+The output folder holds ``metrics.jsonl`` and ``.csv``, ``tensorboard/``, the newest checkpoint (``state.json`` names
+it) and, once finished, ``semvae.safetensors`` with ``semvae.json``: what the representation ``dino_semantic`` reads.
+Batches, noise and learning rate are pure functions of seed and step, so a resumed run continues as if it had not
+stopped.
 
 Under a launcher each rank trains on its part of every batch and the gradients are averaged: the same numbers on any
 number of ranks, but for the order of sums.  Rank 0 alone measures, evaluates, writes and prints.
@@ -216,7 +217,7 @@ def train(
             return load_semvae(out / WEIGHTS)[1]
         if not run.step:
             run.measure_features(progress)
-        log = stack.enter_context(MetricsLog(out, run.step, board=False)) if here.is_main else None
+        log = stack.enter_context(MetricsLog(out, run.step)) if here.is_main else None
         quality = run.steps(log, stack.enter_context(StopSignal(launched=here.world > 1)), progress)
         content = {**facts, "quality": quality}
         shape = training.semvae

@@ -150,14 +150,13 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, metrics.csv, TensorBoard and, with a ``project``, Weights & Biases.
+    """Appends records to metrics.jsonl, metrics.csv, TensorBoard (if installed) and a ``project`` of Weights & Biases.
 
     Opened at step ``step``, it drops what was logged beyond: a run that was killed and resumed has each step once.
 
     Args:
         out_dir: the run's folder.
         step: where training starts.
-        board: false: metrics.jsonl alone.  (TensorBoard is left out where it is not installed, too.)
         project: of Weights & Biases; empty: none.
         facts: the configuration, for the project.
 
@@ -165,9 +164,7 @@ class MetricsLog:
         UserError: a file cannot be written, or the project's run cannot be started.
     """
 
-    def __init__(
-        self, out_dir: Path, step: int, board: bool = True, project: str = "", facts: dict[str, Any] | None = None
-    ):
+    def __init__(self, out_dir: Path, step: int, project: str = "", facts: dict[str, Any] | None = None):
         self.path = out_dir / FILE
         for name in (FILE, CSV):
             for leftover in out_dir.glob(f".{name}.*{PARTIAL}"):  # of a killed process
@@ -178,16 +175,14 @@ class MetricsLog:
             with atomic_path(self.path) as partial:
                 partial.write_text("".join(f"{line}\n" for line in kept))
             self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed in close()
-            if board:
-                self._others.append(CsvFile(out_dir / CSV, map(json.loads, kept)))
+            self._others.append(CsvFile(out_dir / CSV, map(json.loads, kept)))
         except OSError as error:
             raise UserError(str(self.path), error.strerror, "choose a folder that can be written to") from None
         self._board: Any = None
-        if board:
-            with suppress(ImportError):  # TensorBoard is optional: metrics.jsonl holds the same
-                from torch.utils.tensorboard import SummaryWriter
+        with suppress(ImportError):  # TensorBoard is optional: metrics.jsonl holds the same
+            from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(out_dir / BOARD), purge_step=step + 1)
+            self._board = SummaryWriter(str(out_dir / BOARD), purge_step=step + 1)
         if project:
             try:
                 self._others.append(WandbRun(project, out_dir, step, facts or {}))

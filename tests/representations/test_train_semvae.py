@@ -1,10 +1,12 @@
 """``fastasync train-semvae``: what it learns, that it resumes bit for bit, and what it refuses."""
 
 import argparse
+import csv
 import dataclasses
 import json
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -73,6 +75,14 @@ def _records(out):
     return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_board():
+    """TensorBoard takes seconds to import: one test looks at what it gets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("semvae")
@@ -98,8 +108,33 @@ def test_it_learns_and_reports(finished):
     assert 0.8 <= quality["probe_features"] <= 1
     assert (facts["vit"], facts["channels"], facts["depth"]) == ({"name": "test", "fingerprint": "f" * 64}, 4, 1)
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
-        "checkpoint-00000060.safetensors", "metrics.jsonl", "semvae.json", "semvae.safetensors", "state.json",
+        "checkpoint-00000060.safetensors", "metrics.csv", "metrics.jsonl", "semvae.json", "semvae.safetensors",
+        "state.json",
     ]  # fmt: skip
+
+
+def _table(out):
+    with open(out / "metrics.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_table_and_the_board_have_every_record(finished, tmp_path, monkeypatch):
+    """Of a run that was stopped between two records too: each step is there once."""
+    out, _ = finished
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [{name: float(value) for name, value in row.items() if value} for row in _table(out)]
+    assert found == lines
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard")
+    with pytest.raises(Interrupted):
+        _train(Source(27), tmp_path)
+    _train(Source(), tmp_path)
+    assert [row["step"] for row in _table(tmp_path)] == [row["step"] for row in _table(out)]
+    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("mse")] == [10, 20, 30, 40, 50, 60]
+    assert [event.step for event in board.Scalars("probe_latents")] == [30, 60]
+    values = [record["held_out_mse"] for record in lines if "held_out_mse" in record]
+    assert [event.value for event in board.Scalars("held_out_mse")] == pytest.approx(values)
 
 
 def test_held_out_images_are_never_trained_on(tmp_path):
