@@ -15,7 +15,7 @@ from fastasync.errors import UserError
 from fastasync.evaluation.protocol import today
 from fastasync.model import parameter_count, train_flops
 from fastasync.presets import preset
-from fastasync.report.records import Record, prepared_manifest, read_json
+from fastasync.report.records import Record, latents_index, prepared_manifest, read_json
 from fastasync.report.samples_grid import Grid
 from fastasync.report.table import (
     SYNCHRONOUS,
@@ -387,6 +387,8 @@ def _candidates(candidates: Sequence[Mapping[str, Any]], found: Mapping[str, Any
 
 
 def _preparation(record: Record) -> Markup:
+    if record.run.config.data.dataset == "latents":
+        return _latents(record)
     manifest = prepared_manifest(record.run)
     if not manifest:
         return _missing("preparation", "prepare", record)
@@ -407,6 +409,33 @@ def _preparation(record: Record) -> Markup:
     if rows:
         parts.append(_grid(["part", "figure", "value"], rows))
     return _join(parts)
+
+
+def _latents(record: Record) -> Markup:
+    """The folder of latents that the run is trained on."""
+    folder = ("folder of latents", record.run.config.data.root)
+    try:
+        index = latents_index(record.run)
+    except UserError as error:
+        return _facts([folder, ("not readable now", error)])
+    if index is None:
+        return _facts([folder, ("made by", "SFD or LightningDiT: nothing else is recorded in it")])
+    made = index.encoding
+    parts = zip(made.names, made.channels, made.fingerprints)
+    return _facts(
+        [
+            folder,
+            ("images", f"{made.count:,} of {len(made.class_names):,} classes" + (", both views" if made.flip else "")),
+            ("bad files left out", f"{made.left_out:,}"),
+            ("representations", ", ".join(f"{name} ({width} channels, {mark[:12]})" for name, width, mark in parts)),
+            (
+                "stored as",
+                f"{made.dtype}, on a {made.grid}x{made.grid} grid, from images of side {made.image_shape[1]}",
+            ),
+            ("REPA features", made.features[:12] or "none stored"),
+            ("statistics", index.statistics.fingerprint()),
+        ]
+    )
 
 
 def _reproduce(record: Record) -> Markup:

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fastasync.data.cifar10 import CLASS_NAMES
+from fastasync.data.sfd_folder import is_sfd_folder
+from fastasync.data.shards import Index, read_index
 from fastasync.errors import UserError
 from fastasync.evaluation import Figure, load_figures
 from fastasync.probe import ProbeResult
@@ -73,6 +76,26 @@ def read_json(path: Path) -> dict[str, Any]:
 def prepared_manifest(run: Run) -> dict[str, Any]:
     """What ``prepare`` noted, {} before it has run."""
     return read_json(run.prepared / MANIFEST)
+
+
+def latents_index(run: Run) -> Index | None:
+    """The index of the folder of latents that the run is trained on; None where there is none (images, SFD's).
+
+    Raises UserError when it cannot be read: the folder may be elsewhere by now.
+    """
+    data = run.config.data
+    return None if data.dataset != "latents" or is_sfd_folder(data.root) else read_index(data.root)
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """Of the run's labels, in their order; () where they are not known."""
+    if run.config.data.dataset == "cifar10":
+        return CLASS_NAMES
+    try:
+        index = latents_index(run)
+    except UserError:  # a picture with numbers is better than none
+        return ()
+    return () if index is None else index.encoding.class_names
 
 
 def _record(run: Run) -> Record:

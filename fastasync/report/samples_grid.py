@@ -11,13 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fastasync.data.cifar10 import CLASS_NAMES
 from fastasync.errors import UserError
-from fastasync.report.records import Record
+from fastasync.report.records import Record, class_names
 
 COLUMNS, ROWS = 10, 12
 _CELL, _LARGEST = 64, 128  # pixels: tiny images are enlarged to about the first, large ones reduced to the second
-_GAP, _FONT = 3, 17
+_GAP, _FONT, _NAME = 3, 17, 24  # pixels; letters of a class name, at most
 
 
 class Grid(NamedTuple):
@@ -45,9 +44,17 @@ def samples_grid(record: Record) -> Grid | None:
         images = _read(path, np.unique(np.concatenate(list(rows.values()))))
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, OSError, ValueError) as error:
         raise UserError(str(path), f"truncated or not a sample file ({error})", remedy) from None
-    names = CLASS_NAMES if record.run.config.data.dataset == "cifar10" else ()
-    titles = {label: f"{label} {names[label]}" if label < len(names) else str(label) for label in rows}
+    titles = _titles(list(rows), class_names(record.run))
     return Grid(_draw(rows, images, titles, _caption(record)), len(rows), len(classes))
+
+
+def _titles(labels: list[int], names: tuple[str, ...]) -> dict[int, str]:
+    """``3 cat``; of a class without a name, or whose name is its number, the number."""
+    known = {label: names[label] for label in labels if label < len(names)}
+    short = {label: name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for label, name in known.items()}
+    return {
+        label: str(label) if known.get(label) in (None, str(label)) else f"{label} {short[label]}" for label in labels
+    }
 
 
 def _read(path: Path, indices: np.ndarray) -> dict[int, np.ndarray]:

@@ -10,19 +10,25 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fastasync.config import apply_settings
+from fastasync.data.images import ImageSet
+from fastasync.data.shards import read_index
+from fastasync.encode import encode
 from fastasync.errors import UserError
 from fastasync.evaluation import load_figures, save_figures
 from fastasync.presets import preset
 from fastasync.report import comparison_table, write_report
 from fastasync.report.curves import curves_png
 from fastasync.report.html import page, settings_of
-from fastasync.report.records import collect
-from fastasync.report.samples_grid import COLUMNS, ROWS, samples_grid
+from fastasync.report.records import class_names, collect
+from fastasync.report.samples_grid import COLUMNS, ROWS, _titles, samples_grid
 from fastasync.report.schedule_plot import schedule_png
 from fastasync.report.table import build_table, value_text
+from fastasync.representations import Bundle, build
 from fastasync.schedule import save_schedule, synchronous
 
 VOID = {"meta", "img", "br"}
@@ -348,3 +354,52 @@ def test_settings_lead_back_to_the_configuration(config):
     assert len(found) == len(changes)
     assert apply_settings(preset("digits"), found) == changed
     assert settings_of(config) == []
+
+
+# --- runs on a folder of latents ------------------------------------------------------------------------------------
+
+
+def on_latents(make_run, root, *settings):
+    on = (
+        "data.dataset=latents",
+        f"data.root={root}",
+        "probe.estimator=B",
+        "schedule.baselines=",
+        "evaluate.features=inception",
+    )
+    return make_run(*on, *settings)
+
+
+def test_classes_of_a_folder_of_latents_have_their_names(make_run, tmp_path):
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names = ("tench", "a <b>", "2", "drösche", "x" * 40, *"fghij")
+    image_set = ImageSet(images, torch.arange(20) % 10, 10, names, "noise")
+    folder = tmp_path / "latents"
+    encode(image_set, Bundle([build("texture", (3, 16, 16), 4)]), folder, shard_size=16, progress=False)
+    run = on_latents(make_run, folder)
+    assert class_names(run) == names
+    assert _titles([0, 2, 4, 12], names) == {0: "0 tench", 2: "2", 4: f"4 {'x' * 23}…", 12: "12"}
+    named = samples_grid(collect(run)[0])
+    write_report(run)
+    text = Page((run.path / "report.html").read_text()).text
+    assert "20 of 10 classes, both views" in text
+    assert read_index(folder).statistics.fingerprint() in text
+    assert "No preparation yet" not in text
+    (folder / "index.json").unlink()  # the latents were moved, or are being encoded anew
+    assert class_names(run) == ()
+    numbered = samples_grid(collect(run)[0])
+    assert Image.open(io.BytesIO(numbered.png)).width < Image.open(io.BytesIO(named.png)).width
+    write_report(run)
+    assert "encoding has not finished" in Page((run.path / "report.html").read_text()).text
+
+
+def test_a_folder_without_an_index_has_numbers(make_run, tmp_path):
+    folder = tmp_path / "sfd"
+    folder.mkdir()
+    save_file(
+        {"latents": torch.zeros(1, 4, 4, 4), "labels": torch.zeros(1, dtype=torch.int64)}, folder / "a.safetensors"
+    )
+    run = on_latents(make_run, folder)
+    assert class_names(run) == ()
+    write_report(run)
+    assert "made by" in Page((run.path / "report.html").read_text()).text
