@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads in several processes wait for each other; for child processes too
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it: tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported, which fastasync.model does
 
