@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +31,7 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank waits this long for another one in a collective
 _LEAVE = 10.0  # seconds that rank 0, which may host the store, waits for the others to be done with it
 _POLL = 0.2  # seconds between two looks at the store, at most
+_LAST_WORDS = 10  # seconds that a failing rank goes on after its launcher's signal
 # what gloo, NCCL and the store write when a peer is gone
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "socket", "store")
 
@@ -115,6 +118,7 @@ class Session:
             try:
                 result = compute()
             except BaseException as error:
+                last_words()
                 code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
                 store.set(key, pickle.dumps((False, code)))
                 raise
@@ -153,7 +157,10 @@ class Session:
 
     def says_first(self, text: str) -> bool:
         """Whether no other rank has asked this about the same text: an error that all of them meet is printed once."""
-        if self.world == 1 or self.lost:
+        if self.world == 1:
+            return True
+        last_words()
+        if self.lost:
             return True
         try:
             return self.store().add("said/" + hashlib.sha256(text.encode()).hexdigest(), 1) == 1
@@ -195,6 +202,16 @@ def session() -> Session:
     except UserError as error:
         print(f"fastasync: error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def last_words() -> None:
+    """Let this rank, which fails, end by itself and say why: SIGTERM leaves it ``_LAST_WORDS`` seconds from now on.
+
+    Launchers look at their ranks several times a second and send SIGTERM to all when one has ended; what led to that is
+    often known to another one only, which has files to close before it can tell.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_WORDS))  # SIGALRM ends the process
 
 
 @contextmanager

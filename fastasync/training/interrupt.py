@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fastasync.distributed import last_words
 from fastasync.errors import UserError
 
 _ECHO = 3.0  # seconds within which a launcher repeats a signal
@@ -33,7 +34,8 @@ class StopSignal:
     Python lets only the main thread set handlers: used elsewhere, nothing is caught.
 
     ``launched``: launchers pass a signal on to processes that the terminal has sent it to already, and deepspeed sends
-    two different ones: then only a second SIGINT, seconds later, stops at once.
+    two different ones: then only a second SIGINT, seconds later, stops at once.  A rank that leaves with an error has
+    ``last_words``.
     """
 
     def __init__(self, launched: bool = False) -> None:
@@ -47,7 +49,10 @@ class StopSignal:
                 self._previous[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._launched and kind is not None and self._previous:
+            last_words()
+            del self._previous[signal.SIGTERM]
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -94,8 +94,10 @@ def train(
             show(line)
 
     last_good: Path | None = None
+    step = 0
     with ExitStack() as stack:
-        stack.enter_context(explained_loss(lambda: last_good))
+        # a rank that is lost while all save leaves a checkpoint of this step that nobody has told of
+        stack.enter_context(explained_loss(lambda: checkpoint.saved_at(root, step) or last_good))
         if device.type == "cuda":  # TF32 where autocast leaves float32; sampling after it must not depend on it
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")
@@ -111,7 +113,7 @@ def train(
             return checkpoint.resumable(root, tell)
 
         # --- continue where the newest complete checkpoint is: the main rank looks, for all -------------------------
-        step, last_good = 0, engine.from_main(open_folder)
+        last_good = engine.from_main(open_folder)
         tally = Tally([*_names(config), "grad_norm"], device, settings.max_norm_ratio)
         if last_good is not None:
             state = checkpoint.read_state(last_good)

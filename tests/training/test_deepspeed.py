@@ -244,9 +244,19 @@ SETTINGS = {
 }
 
 
-def program(out, **changes):
+# train.py, but closing files takes longer than torchrun leaves between two looks at its ranks
+SLOW = """import sys, time
+from fastasync.cli import main
+from fastasync.training.metrics import MetricsLog
+close = MetricsLog.close
+MetricsLog.close = lambda self: (time.sleep(2), close(self))
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def program(out, script=REPOSITORY / "train.py", **changes):
     chosen = [f"--set={key}={value}" for key, value in {**SETTINGS, **changes}.items()]
-    return [str(REPOSITORY / "train.py"), "--preset=digits", f"--out={out}", *chosen]
+    return [str(script), "--preset=digits", f"--out={out}", *chosen]
 
 
 def wait_for_steps(out, count, process, seconds=120):
@@ -292,7 +302,9 @@ def test_launchers_signals_and_kill_9(tmp_path, started):
     assert f"saved {stopped.path}" in said
     assert not list(root.glob("*.part"))
 
-    with started([*launcher("torchrun"), *program(out, **{"train.zero": 2})], FASTASYNC_TEST="b") as process:
+    slow = tmp_path / "slow_train.py"
+    slow.write_text(SLOW)
+    with started([*launcher("torchrun"), *program(out, slow, **{"train.zero": 2})], FASTASYNC_TEST="b") as process:
         wait_for_steps(out, 5, process)
         (victim,) = ranks_of("b", 1)
         os.kill(victim, signal.SIGKILL)

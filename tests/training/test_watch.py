@@ -4,7 +4,10 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,8 @@ from fastasync.training.engine import choose_engine
 from fastasync.training.interrupt import StopSignal
 from fastasync.training.metrics import WINDOW, Tally, TallyReading
 from fastasync.training.watchdog import FIRST, Watchdog
+
+ROOT = Path(__file__).parents[2]
 
 # --- stalls -----------------------------------------------------------------------------------------------------
 
@@ -203,3 +208,32 @@ def test_launchers_repeat_signals():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+FAILING = """
+import os, signal, sys, time
+from fastasync import distributed
+from fastasync.training.interrupt import StopSignal
+distributed._LAST_WORDS = 2
+try:
+    with StopSignal(launched=sys.argv[1] == "launched"):
+        raise RuntimeError("another rank is gone")
+finally:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("last words", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "code", "heard"),
+    [("launched", 0, 1, True), ("launched", 30, -signal.SIGALRM, True), ("alone", 0, -signal.SIGTERM, False)],
+)
+def test_a_failing_rank_says_why_though_its_launcher_ends_it(kind, seconds, code, heard):
+    """Of several ranks torchrun ends the others as soon as one has ended; who takes too long is ended all the same."""
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING, kind, str(seconds)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert ("last words" in done.stdout) is heard
