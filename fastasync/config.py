@@ -57,6 +57,11 @@ class ScheduleChoice:
     name: str = "learned"
     baselines: tuple[str, ...] = ()  # trained too by `run`, at the same budget, for comparison
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The baselines that are not the run's own schedule, each once."""
+        return tuple(dict.fromkeys(name for name in self.baselines if name != self.name))
+
 
 @dataclass(frozen=True)
 class ObjectiveChoice:

@@ -47,7 +47,7 @@ class Run:
 
     def baselines(self) -> list[Run]:
         """All of the configuration's baselines, with their folders."""
-        return [self.baseline(name).create() for name in self.config.schedule.baselines]
+        return [self.baseline(name).create() for name in self.config.schedule.others]
 
     def create(self) -> Run:
         """Make the directory and write config.yaml and versions.json.

@@ -26,7 +26,7 @@ from fastasync.data.shard_loader import open_latents
 from fastasync.distributed import quiet_elsewhere, session
 from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
-from fastasync.evaluation.protocol import hardware_name
+from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_inputs, open_inputs
 from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
@@ -35,7 +35,7 @@ from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
 from fastasync.throughput import expected_hours
 from fastasync.training import build_model, checkpoint, load_model, train
-from fastasync.training.build import choose_autocast, choose_device, choose_ops
+from fastasync.training.build import check_training, choose_autocast, choose_device, choose_ops
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -54,7 +54,7 @@ def planned_flops(config: Config) -> int:
 
 def check_schedules(config: Config) -> tuple[str, ...]:
     """The names of the run's schedule and its baselines.  Raises UserError unless each is one."""
-    reps, schedules = config.representations, (config.schedule.name, *config.schedule.baselines)
+    reps, schedules = config.representations, (config.schedule.name, *config.schedule.others)
     for name in schedules:
         if name != "learned":
             named_schedule(name, reps.names, reps.roles)
@@ -83,9 +83,15 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     weak = config.sample.weak_checkpoint
     if config.sample.guidance == "autoguidance" and "sample" in stages and not Path(weak).exists():
         raise UserError("sample.weak_checkpoint", weak, "no such file or run directory")
-    if config.train.wandb and "train" in stages:
-        wandb_package()
+    if "train" in stages:
+        check_training(config, choose_device(config.train.device))
+        if config.train.wandb:
+            wandb_package()
     if "evaluate" in stages:
+        if config.sample.count < 2:
+            raise UserError(
+                "sample.count", config.sample.count, "evaluating needs at least 2 samples, and means little with few"
+            )
         if set(config.evaluate.metrics) - {"fid"}:
             import_torch_fidelity()
         if config.evaluate.features == "inception":
@@ -94,7 +100,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
 
 def check_begun_probes(run: Run) -> None:
     """Raises UserError where an interrupted probe of the run or of a baseline was planned for other train.steps."""
-    for each in (run, *(run.baseline(name) for name in run.config.schedule.baselines)):
+    for each in (run, *(run.baseline(name) for name in run.config.schedule.others)):
         if each.config.schedule.name == "learned" and not each.schedule_file.exists():
             check_begun(each.probe_folder, each.config.train.steps)
 
@@ -312,7 +318,8 @@ def _evaluate(run: Run, inputs: Inputs, folders: list[Path], say: Say) -> list[F
             save_figures(stored, known)
         figures += known
         for figure in known:
-            say(f"evaluate: {config.schedule.name} {folder.name}: {figure.name} {figure.value:.4g}")
+            title = metric_title(figure.name, extractor.name)
+            say(f"evaluate: {config.schedule.name} {folder.name}: {title} {figure.value:.4g}")
     save_figures(run.figures_file, figures)
     return figures
 

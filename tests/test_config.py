@@ -104,3 +104,12 @@ def test_differences_ignore_what_may_change():
     other = apply_settings(config, ["sample.count=7", "train.steps=9", "train.lr=0.5", "probe.width=128"])
     assert differences(config, other) == ["probe.width", "train.lr"]
     assert set(flatten(config)) == set(flatten(other))
+
+
+def test_baselines_are_other_schedules_each_once():
+    config = apply_settings(preset("digits"), ["schedule.name=synchronous"])
+    assert config.schedule.others == ("offset:0.3",)
+    assert apply_settings(config, ["schedule.baselines=cascade,cascade,learned"]).schedule.others == (
+        "cascade",
+        "learned",
+    )

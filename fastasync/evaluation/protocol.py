@@ -18,6 +18,7 @@ from fastasync.errors import UserError
 from fastasync.files import write_json
 
 _TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
+_TITLES = {"kid": "KID", "is": "inception score", "precision": "precision", "recall": "recall"}
 _PACKAGES = ("fastasync", "torch", "triton", "torchvision", "torch-fidelity", "torchdiffeq", "numpy")
 
 
@@ -31,6 +32,13 @@ def library_versions() -> dict[str, str]:
             continue
     versions["torch"] = str(torch.__version__)  # with the build, +cpu or +cu130
     return versions
+
+
+def metric_title(metric: str, extractor: str) -> str:
+    """FID only for Inception's features; in another network's it is a Frechet distance, on another scale."""
+    if metric == "fid":
+        return "FID" if extractor.startswith("inception") else "Fréchet distance"
+    return _TITLES.get(metric, metric)
 
 
 def hardware_name(device: torch.device | str = "cpu") -> str:

@@ -41,7 +41,7 @@ def build_optimizer(
         UserError: an unknown ``impl``, a hyperparameter out of range, or apex missing or unrelated.
     """
     if impl not in IMPLEMENTATIONS:
-        raise UserError("optimizer.impl", impl, f"use one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError("train.optimizer", impl, f"use one of {', '.join(IMPLEMENTATIONS)}")
     check_hyperparameters(lr, betas, eps, weight_decay, ema_decay)
     params = list(params)
     options: dict[str, Any] = {

@@ -109,15 +109,15 @@ def apex_adamw(
         UserError: apex is missing, is PyPI's unrelated web package of that name, or was built without its CUDA kernels.
     """
     build = (
-        "build NVIDIA apex from https://github.com/NVIDIA/apex with its CUDA extensions, or set optimizer.impl=fused"
+        "build NVIDIA apex from https://github.com/NVIDIA/apex with its CUDA extensions, or set train.optimizer=fused"
     )
     if importlib.util.find_spec("apex") is None:
-        raise UserError("optimizer.impl", "apex", f"NVIDIA apex is not installed: {build}")
+        raise UserError("train.optimizer", "apex", f"NVIDIA apex is not installed: {build}")
     try:
         fused_adam = importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError):
         unrelated = "the installed package 'apex' is not NVIDIA's (PyPI has an unrelated web package of that name)"
-        raise UserError("optimizer.impl", "apex", f"{unrelated}: pip uninstall apex, then {build}") from None
+        raise UserError("train.optimizer", "apex", f"{unrelated}: pip uninstall apex, then {build}") from None
 
     class ApexAdamW(SeparateEma, fused_adam):  # type: ignore[misc, valid-type]
         def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,4 +127,4 @@ def apex_adamw(
         optimizer: Any = ApexAdamW
         return optimizer(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
     except RuntimeError as error:
-        raise UserError("optimizer.impl", "apex", f"{error}: {build}") from None
+        raise UserError("train.optimizer", "apex", f"{error}: {build}") from None

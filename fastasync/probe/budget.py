@@ -80,8 +80,8 @@ def plan_probe(probe: Probe, forward_flops: float, planned_flops: float, least_r
     """Divide ``probe.budget * planned_flops`` for a probe network of ``forward_flops`` per image.
 
     A training step costs three forward passes per image (the backward pass counts twice).  ``least_rest``: FLOPs that
-    must be left after training (C's samples).  Raises UserError that names ``probe.budget`` and the value that would
-    do, when it pays for fewer than 20 steps or leaves less than that.
+    must be left after training (B's errors, C's samples).  Raises UserError that names ``probe.budget`` and the value
+    that would do, when it pays for fewer than 20 steps or leaves less than that.
     """
     limit = probe.budget * planned_flops
     # A spends everything on training: a step of the network, and after the warm-up one of the schedule
@@ -91,16 +91,20 @@ def plan_probe(probe: Probe, forward_flops: float, planned_flops: float, least_r
     rest = limit - steps * step
     if steps < MIN_STEPS or rest < least_rest:
         if share <= 0 or (share >= 1 and least_rest):
-            raise UserError("probe.train_share", probe.train_share, "leaves nothing for a part of the probe's work")
+            remedy = "leaves nothing for a part of the probe's work: give a number between 0 and 1, like 0.7"
+            raise UserError("probe.train_share", probe.train_share, remedy)
         needed = 1.01 * MIN_STEPS * step / (share * planned_flops)
         if least_rest:
             needed = max(needed, 1.01 * least_rest / ((1 - share) * planned_flops))
         problem = f"pays for {steps} steps of the probe, at least {MIN_STEPS} are needed"
         if steps >= MIN_STEPS:
-            problem = f"leaves {rest / least_rest:.0%} of what it takes to compare schedules by their samples"
+            work = "compare schedules by their samples" if probe.estimator == "C" else "fit a loss surface"
+            problem = f"leaves {rest / least_rest:.0%} of what it takes to {work}"
         remedy = "make the probe smaller (probe.depth, probe.width, probe.batch)"
-        if least_rest:
+        if probe.estimator == "C" and least_rest:
             remedy += ", or set probe.estimator to B"
+        if steps >= MIN_STEPS:
+            remedy = f"lower probe.train_share, or {remedy}"
         if needed <= 1:
             remedy = f"set probe.budget to {needed:.3g}, or {remedy}"
         raise UserError("probe.budget", f"{probe.budget:g}", f"{problem}: {remedy}")

@@ -69,8 +69,9 @@ class ProbeResult:
         """What to print: the choice, what decided it, and what it cost."""
         chosen, spent = self.diagnostics["chosen"], self.budget["flops"]
         loss = "" if chosen["objective"] is None else f"J {chosen['objective']:.4f} = loss {chosen['loss']:.4f} + "
+        label = f"{self.diagnostics['label']}, a " if "label" in self.diagnostics else ""
         lines = [
-            f"estimator {self.estimator}: {self.schedule.kind} schedule, lead {self.schedule.lead():.3f}",
+            f"estimator {self.estimator}: {label}{self.schedule.kind} schedule, lead {self.schedule.lead():.3f}",
             f"{loss}beta {chosen['beta']:g} x KE {chosen['kinetic_energy']:.3f}, lam {chosen['lam']}",
         ]
         for row in self.diagnostics["curl"] or []:
@@ -90,17 +91,18 @@ class ProbeResult:
         lines.append(f"budget {self.budget['label']}: {parts}; {self.budget['total_seconds']:.1f} s")
         return lines
 
-    def save(self, folder: str | Path, about: dict[str, Any]) -> None:
+    def save(self, folder: str | Path, fingerprint: str, about: dict[str, Any] | None = None) -> None:
         """Write surface.npz, then probe.json (whose presence means done), each atomically.
 
-        ``about``: ``fingerprint`` and what else tells the configuration.
+        ``about``: what it is to say of the configuration besides the fingerprint.
         """
         folder = Path(folder)
         if self.surface:
             with atomic_path(folder / SURFACE) as partial, open(partial, "wb") as stream:
                 np.savez(stream, allow_pickle=False, **self.surface)
         content = {name: getattr(self, name) for name in ("estimator", "diagnostics", "candidates", "sweep", "budget")}
-        write_json(folder / RESULT, {**about, "schedule": self.schedule.to_json(), **content})
+        facts = {**(about or {}), "fingerprint": fingerprint}
+        write_json(folder / RESULT, {**facts, "schedule": self.schedule.to_json(), **content})
 
     @classmethod
     def load(cls, folder: str | Path, fingerprint: str | None = None) -> ProbeResult | None:
@@ -153,8 +155,8 @@ def _sample_flops(config: Config, forward: float) -> float:
 
 
 def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
-    """``plan_probe``, where C must keep enough samples to compare schedules with."""
-    least = 0.0
+    """``plan_probe``; B must keep enough errors to fit a surface to, C enough samples to compare schedules with."""
+    least = MIN_FIT * forward if config.probe.estimator == "B" else 0.0
     if config.probe.estimator == "C":
         samples = LEAST_SAMPLES * (_sample_flops(config, forward) + score_flops)
         least = max(samples + MIN_FIT * forward, samples / (1 - FIT_SHARE))
@@ -234,7 +236,7 @@ def learn_schedule(
     )
     result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
     if folder is not None:
-        result.save(folder, {**trained, "fingerprint": fingerprint})
+        result.save(folder, fingerprint, trained)
         Progress(folder, trained).finish()
     return result
 

@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fastasync.evaluation.protocol import metric_title
 from fastasync.report import style
 from fastasync.report.records import Record
-from fastasync.report.table import Table, build_table, metric_title
+from fastasync.report.table import Table, build_table
 
 _SMOOTH_FROM = 60  # records from which on a moving mean is drawn
 _MAX_LABELLED = 12  # bars

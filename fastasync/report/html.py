@@ -12,7 +12,7 @@ import torch
 
 from fastasync.config import Config, flatten
 from fastasync.errors import UserError
-from fastasync.evaluation.protocol import today
+from fastasync.evaluation.protocol import metric_title, today
 from fastasync.model import parameter_count, train_flops
 from fastasync.presets import preset
 from fastasync.report.records import Record, latents_index, prepared_manifest, read_json
@@ -21,7 +21,6 @@ from fastasync.report.table import (
     SYNCHRONOUS,
     Table,
     build_table,
-    metric_title,
     probe_line,
     probe_share,
     value_text,

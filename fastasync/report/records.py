@@ -56,7 +56,7 @@ def collect(run: Run) -> list[Record]:
 
     Raises UserError for a damaged file, or a baseline of other settings; a missing one is not an error.
     """
-    baselines = [run.baseline(name) for name in run.config.schedule.baselines]
+    baselines = [run.baseline(name) for name in run.config.schedule.others]
     return [_record(each) for each in (run, *(each.create() if each.path.exists() else each for each in baselines))]
 
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from fastasync.evaluation import Figure
+from fastasync.evaluation.protocol import metric_title
 from fastasync.probe import ProbeResult
 from fastasync.report.records import Record, collect
 from fastasync.run import Run
 
 SYNCHRONOUS = "synchronous"
 _HIGHER_IS_BETTER = ("is", "precision", "recall")
-_TITLES = {"kid": "KID", "is": "inception score", "precision": "precision", "recall": "recall"}
 # What may differ between two figures that are compared: the schedule itself, and when it was measured.
 _FREE = ("schedule", "schedule_fingerprint", "date")
 _ADAPTIVE = "dopri5"
@@ -105,13 +105,6 @@ def _column(figure: Figure) -> Column:
     protocol = figure.protocol
     adaptive = protocol.integrator == _ADAPTIVE
     return Column(figure.name, protocol.integrator, None if adaptive else protocol.function_evaluations)
-
-
-def metric_title(metric: str, extractor: str) -> str:
-    """FID only for Inception's features; in another network's it is a Frechet distance, on another scale."""
-    if metric == "fid":
-        return "FID" if extractor.startswith("inception") else "Fréchet distance"
-    return _TITLES.get(metric, metric)
 
 
 def value_text(figure: Figure) -> str:

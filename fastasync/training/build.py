@@ -9,6 +9,7 @@ from typing import Any
 
 import fastasync_kernels
 import torch
+from fastasync_kernels import attention
 
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
@@ -17,6 +18,7 @@ from fastasync.errors import UserError, require
 from fastasync.model import SIZES, LightningDiT, memory_estimate
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
+from fastasync.optim import build_optimizer
 
 _log = logging.getLogger(__name__)
 # rows have scales; weight gradients stay in bf16: scaling columns too costs more time than their fp8 products save
@@ -83,14 +85,38 @@ def is_block_linear(module: torch.nn.Module, name: str) -> bool:
     return isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and ".adaLN_modulation." not in name
 
 
+def check_training(config: Config, device: torch.device) -> None:
+    """What `prepare_model` and the engine would refuse on ``device``, before any work.  Raises UserError."""
+    train, model, representations = config.train, config.model, config.representations
+    if train.precision == "fp8":
+        check_fp8(device)
+        require("torchao.float8", "fp8")
+    if train.optimizer == "apex":
+        build_optimizer([torch.zeros(1, device=device)], train.optimizer)
+    if model.attention != "auto":  # auto takes what there is
+        _, width, heads = SIZES.get(model.size, (model.depth, model.width, model.heads))
+        shape = (train.batch, heads, (representations.grid // model.patch) ** 2, width // heads)
+        dtype = choose_autocast(train.precision, device) or torch.float32
+        try:
+            attention.resolve_backend(model.attention, device, dtype, shape, True)
+        except attention.BackendUnavailable as error:
+            raise UserError("model.attention", model.attention, str(error)) from None
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises UserError unless ``device`` is a GPU that has fp8 products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError("train.precision", "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
+
+
 def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
     """Run the block linears' products, forward and backward, in fp8 with a scale for each row (torchao), in place.
 
     adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  ``changes``: further
     fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has fp8 products.
     """
-    if not changes.get("emulate") and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise UserError("train.precision", "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
+    if not changes.get("emulate"):
+        check_fp8(device)
     float8 = require("torchao.float8", "fp8")
     recipe = float8.Float8LinearConfig.from_recipe_name(FP8_RECIPE)
     float8.convert_to_float8_training(

@@ -261,6 +261,16 @@ def test_too_few_samples_for_c_are_found_before_any_training():
     assert probe_plan(tiny_config(train_share=0.9, budget=needed), flops).steps >= 20
 
 
+def test_too_few_errors_for_b_are_found_before_any_training():
+    config = tiny_config(estimator="B", train_share=1.0)
+    with pytest.raises(UserError, match=r"probe\.train_share: 1\.0: leaves nothing"):
+        probe_plan(config, planned(config))
+    config = tiny_config(estimator="B", train_share=0.98)
+    with pytest.raises(UserError, match=r"probe\.budget: .*to fit a loss surface: .*probe\.train_share"):
+        probe_plan(config, planned(config))
+    assert probe_plan(tiny_config(estimator="B", train_share=0.9), planned(config)).fit_flops > 0
+
+
 def test_default_weights():
     assert probe_loss_weights(tiny_config()) == (1.0, 0.0)
     assert probe_loss_weights(tiny_config(loss_weights=[0.5, 2.0])) == (0.5, 2.0)

@@ -233,7 +233,7 @@ def test_fixed_schedule_needs_no_probe(make_run):
 
 
 @pytest.mark.parametrize("settings", [THREE, ("representations.names=texture", "representations.channels=4",
-                                              "representations.roles=lags", "schedule.name=synchronous")])  # fmt: skip
+                                              "representations.roles=lags", "schedule.name=power:2")])  # fmt: skip
 def test_other_numbers_of_representations(make_run, settings):
     run = make_run(*settings, "schedule.baselines=synchronous", records=130)
     write_report(run)
