@@ -35,10 +35,10 @@ def exact(tensors, upstream):
     return run(module._reference, tensors, upstream, torch.float64)
 
 
-# On CUDA, torch's only fused kernel for float32 is the memory-efficient one.  From compute capability 8.0 on it takes each
-# product as three of TF32 numbers, whatever allow_tf32 says (its DefaultGemmType<float> is OpMultiplyAddFastF32): two
-# numbers of 11 bits hold 22 of float32's 24, so one token does not get v back bit for bit.  Float32 attention there is
-# judged against the unfused formula with the same products.
+# On CUDA, torch's only fused kernel for float32 is the memory-efficient one.  From compute capability 8.0 on it takes
+# each product as three of TF32 numbers, whatever allow_tf32 says (its DefaultGemmType<float> is
+# OpMultiplyAddFastF32): two numbers of 11 bits hold 22 of float32's 24, so one token does not get v back bit for bit.
+# Float32 attention there is judged against the unfused formula with the same products.
 
 
 def split(x):
