@@ -155,11 +155,19 @@ class Sweep:
             name = words(point)
             try:
                 if name in failed:
-                    raise RuntimeError(failed[name])
+                    raise RuntimeError
                 built, options = seen[name]
-                taken = resources(built.result() if hasattr(built, "result") else built)
+                kernel = built.result() if hasattr(built, "result") else built
             except Exception as error:
                 found[name] = {"note": failed.get(name) or reason(error)}
+                continue
+            try:
+                taken = resources(kernel)
+            except Exception as error:  # no cuobjdump there: the times are what matters
+                if self.mode != "gpu":
+                    raise
+                self.bench.skip("registers", reason(error))
+                found[name] = {}
                 continue
             programs = taken.programs(options["num_warps"])
             rounds = math.prod(options["grid"]) / (MULTIPROCESSORS * max(programs, 1))
