@@ -211,8 +211,8 @@ def _stage(arguments: argparse.Namespace) -> int:
     else:
         stages.preflight(config, _WORK[arguments.command])
         stages.check_begun_probes(Run(out, config))  # here too, so that config.yaml does not hold what is refused
-    if arguments.command in ("sample", "evaluate") and not checkpoint.steps(out / checkpoint.FOLDER):
-        raise UserError("checkpoint", f"none in {out}", "train first, or give another --out")
+    if arguments.command in ("sample", "evaluate"):
+        stages.check_sampling(Run(out, config))
     if arguments.command in ("train", "run"):
         check_engine(config)
         done = checkpoint.steps(out / checkpoint.FOLDER)

@@ -343,6 +343,10 @@ def load_config(path: str | Path) -> Config:
         data = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError("configuration file", path, f"cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise UserError(
+            "configuration file", path, "holds no sections with fields: bring it back, or use another --out"
+        )
     return config_from_dict(data)
 
 

@@ -40,6 +40,7 @@ from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
 from fastasync.training.sinks import wandb_package
+from fastasync.training.start import START, load_start, only_started
 
 Say = Callable[[str], None]
 _PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs, and how long training takes
@@ -145,6 +146,19 @@ def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
     return schedule
 
 
+def check_sampling(run: Run) -> None:
+    """Raises UserError where there is nothing to sample from: no checkpoint, no imported weights with a schedule."""
+    if checkpoint.steps(run.path / checkpoint.FOLDER):
+        return
+    if not only_started(run.path):
+        raise UserError("checkpoint", f"none in {run.path}", "train first, or give another --out")
+    if run.config.schedule.name == "learned" and not run.schedule_file.exists():
+        remedy = (
+            "is not known yet: `fastasync probe` learns it; or import into a new --out with --set schedule.name=..."
+        )
+        raise UserError("schedule.name", "learned", remedy)
+
+
 def train_stage(run: Run, inputs: Inputs, schedule: Schedule, say: Say = print) -> None:
     """Train the network along the schedule, from the newest complete checkpoint if there is one."""
     result = train(run.config, inputs.latents, schedule, run.path, statistics_fingerprint=inputs.statistics_fingerprint)
@@ -207,7 +221,12 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
     """Generate images for every step count: ``samples/NAME/{samples.npz,protocol.json}``.  Returns the folders."""
     config, sample, device = run.config, run.config.sample, choose_device(run.config.train.device)
     here, say = session(), quiet_elsewhere(say)
-    loaded = load_model(run.path, ema=sample.ema, device=device, say=say)
+    if imported := only_started(run.path):
+        say(f"sample: {run.path / START} was not trained here: that it belongs to these latents cannot be checked")
+        along = probe_stage(run, inputs, say=say)  # the file, or a fixed one: see check_sampling
+        loaded = load_start(run.path, config, along, inputs.statistics_fingerprint, device)
+    else:
+        loaded = load_model(run.path, ema=sample.ema, device=device, say=say)
     schedule, model = loaded.schedule, loaded.model
     if loaded.info.statistics != inputs.statistics_fingerprint:
         what = f"statistics {inputs.statistics_fingerprint[:12]}, the checkpoint has {loaded.info.statistics[:12]}"
@@ -261,6 +280,8 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
             "hardware": hardware_name(device),
         }
         identity = {**protocol, "count": sample.count, "classes": classes, "hardware": device.type}
+        if imported:
+            identity["weights"] = sha256_file(run.path / START)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         folder = run.samples_folder / f"{sample.integrator}-{steps}-{digest}"
         if here.from_main(lambda folder=folder: (folder / "samples.npz").exists()):  # type: ignore[misc]
@@ -400,6 +421,7 @@ def summary(config: Config) -> dict[str, Any]:
 
 __all__ = [
     "check_begun_probes",
+    "check_sampling",
     "check_schedules",
     "evaluate_stage",
     "planned_flops",

@@ -236,6 +236,38 @@ def test_latents_of_another_encoder_are_refused(run, tmp_path, capsys):
     refused(capsys, ["sample", "--out", other, *weak], "sample.weak_checkpoint", "other latents")
 
 
+def test_imported_weights_are_sampled_without_training(run, tmp_path, capsys):
+    """The network that a run trained, out in the published layout and in again: the same samples."""
+    published, out = tmp_path / "published.pt", tmp_path / "out"
+    assert main(["convert", str(run), str(published)]) == 0
+    options = arguments(out, "schedule.name=learned", stage="convert")[5:]
+    convert = ["convert", str(published), str(out), "--to", "ours", "--preset", "digits", *options]
+    assert main(convert) == 0
+    refused(capsys, ["sample", "--out", out], "schedule.name", "fastasync probe")
+    shutil.rmtree(out)
+    schedule = f"schedule.name={run / 'schedule.json'}"
+    assert main([*convert, "--set", schedule]) == 0
+    shutil.copytree(run / "prepared", out / "prepared")
+    assert main(["evaluate", "--out", str(out), "--set", "sample.steps=2"]) == 0
+    assert "cannot be checked" in capsys.readouterr().out
+    (figure,) = json.loads((out / "figures.json").read_text())
+    assert figure["protocol"]["checkpoint_step"] == 0
+    assert figure["value"] == json.loads((run / "figures.json").read_text())[0]["value"]
+    (before,) = out.glob("samples/*")
+    (original,) = run.glob("samples/heun-2-*")
+    with np.load(before / "samples.npz") as ours, np.load(original / "samples.npz") as theirs:
+        assert np.array_equal(ours["arr_0"], theirs["arr_0"])
+    shutil.copyfile(run / "checkpoints" / "step_00000012" / "model.safetensors", out / "start.safetensors")
+    assert main(["sample", "--out", str(out)]) == 0
+    assert len(list(out.glob("samples/*"))) == 2, "other weights, other samples"
+    assert main(["report", "--out", str(out)]) == 0
+    assert main(["train", "--out", str(out)]) == 0
+    assert main(["sample", "--out", str(out)]) == 0
+    steps = {json.loads((folder / "protocol.json").read_text())["checkpoint_step"] for folder in out.glob("samples/*")}
+    assert steps == {0, 12}
+    assert before.is_dir()
+
+
 def test_damaged_checkpoint_falls_back_and_says_so(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

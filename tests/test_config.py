@@ -97,6 +97,9 @@ def test_bad_files(tmp_path):
             load_config(tmp_path / "config.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
+    (tmp_path / "config.yaml").write_text("")  # the file is named: nobody wrote a setting
+    with pytest.raises(UserError, match=r"config\.yaml: holds no sections"):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_differences_ignore_what_may_change():
