@@ -143,6 +143,7 @@ def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
         for line in result.summary():
             say(f"probe: {line}")
     save_schedule(schedule, run.schedule_file)
+    say(f"probe: {run.schedule_file} holds {schedule.kind} {schedule.fingerprint}")
     return schedule
 
 

@@ -77,6 +77,9 @@ class ProbeResult:
         for row in self.diagnostics["curl"] or []:
             first = row["first"] or "neither"
             lines.append(f"curl of {' and '.join(row['pair'])}: {row['integral']:+.4f}, the loss wants {first} first")
+        if "oracle" in self.diagnostics:
+            least = f"{self.diagnostics['oracle']['value']:.4f}, the least over all monotone lattice paths"
+            lines.append(f"oracle: loss {least} on the fitted surface; this schedule's is {chosen['loss']:.4f}")
         for row in self.sweep:
             jump = ", JUMP from the smaller beta" if row.get("jump") else ""
             name = f"start {row['start']}" if "start" in row else f"beta {row['beta']:g}"

@@ -63,6 +63,7 @@ def test_every_estimator_end_to_end(estimator, tmp_path):
     assert f"estimator {estimator}" in text
     assert "KE" in text
     assert "budget" in text
+    assert ("oracle: loss" in text) == oracle
     # the files say the same, and a second call reads them instead of working
     again = learned(config, out_dir=tmp_path, oracle=oracle)
     assert again.schedule.to_json() == result.schedule.to_json()
