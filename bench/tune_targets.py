@@ -85,7 +85,7 @@ def words(point: Point) -> str:
     return " ".join(f"{name}={'auto' if value in (None, 0) else value}" for name, value in point.items())
 
 
-_STAGES, _LIMITS = (1, 2, 3, 4), (None, 64, 80, 96, 128, 168)
+_STAGES = (1, 2, 3, 4)
 
 
 def _adaln(size: dict[str, int]) -> dict[str, Target]:
@@ -99,11 +99,11 @@ def _adaln(size: dict[str, int]) -> dict[str, Target]:
         weight = (1 + draw(width, dtype=torch.float32, scale=0.1)).requires_grad_(grad)
         return {**rows, **conditions, "weight": weight, "bias": draw(width, dtype=torch.float32, grad=grad)}
 
-    def knobs(constant: str, backward: bool) -> dict[str, Knob]:
+    def knobs(constant: str, backward: bool, limits: tuple[int | None, ...]) -> dict[str, Knob]:
         chunks = (8, 16, 20, 22, 26, 32, 37, 43, 52, 64, 86, 128, 256)
         found = {
             "chunk": Knob(constant, ("chunk",), chunks),
-            "maxnreg": Knob(constant, ("maxnreg",), _LIMITS),
+            "maxnreg": Knob(constant, ("maxnreg",), limits),
             "stages": Knob(constant, ("stages",), _STAGES),
             "warps": Knob(constant, ("warps",), (0, 2, 8)),
             "rows": Knob(constant, ("rows",), (1, 2, 4)),
@@ -138,8 +138,9 @@ def _adaln(size: dict[str, int]) -> dict[str, Target]:
             return with_backward(function) if backward else function
 
         planes = {(False, False): 2, (False, True): 3, (True, False): 4, (True, True): 6}[gated, backward]
+        limits = (None, 64, 80) if not backward else (None, 128, 168) if gated else (None, 80, 96, 128)  # others spill
         return Target(
-            *("adaln", direction, adaln, knobs(constant, backward), inputs),
+            *("adaln", direction, adaln, knobs(constant, backward, limits), inputs),
             adaln._launch_backward if backward else adaln._launch_forward,
             *(proof, of(reference), of(adaln)),
             lambda batch, itemsize: planes * batch * tokens * width * itemsize,
@@ -185,8 +186,9 @@ def _qknorm_rope(size: dict[str, int]) -> dict[str, Target]:
             return with_backward(function) if backward else function
 
         chunks = (4, 8, 16, 22, 32, 43, 64)
+        limits = (None, 96, 128, 168) if backward else (None, 64, 80)
         knobs = {
-            "maxnreg": Knob(constant, ("maxnreg",), _LIMITS),
+            "maxnreg": Knob(constant, ("maxnreg",), limits),
             "stages": Knob(constant, ("stages",), _STAGES),
             "chunk": Knob(constant, ("chunk",), chunks),
             "warps": Knob(constant, ("warps",), (0, 1, 2, 4, 8)),
@@ -229,7 +231,7 @@ def _swiglu(size: dict[str, int]) -> dict[str, Target]:
             "rows": Knob(constant, ("rows",) if bias else ("rows", "chunk"), (1, 2, 4, 8)),
             "warps": Knob(constant, ("warps",), (2, 4, 8)),
             "columns": Knob(constant, ("columns",), (512, 1024, 2048)),
-            "maxnreg": Knob(constant, ("maxnreg",), _LIMITS),
+            "maxnreg": Knob(constant, ("maxnreg",), (None, 64, 80, 96)),
         }
         if bias:
             loop = {"chunk": (16, 32, 64, 128, 256), "stages": _STAGES}
