@@ -23,6 +23,7 @@ from fastasync.optim import build_optimizer
 _log = logging.getLogger(__name__)
 # rows have scales; weight gradients stay in bf16: scaling columns too costs more time than their fp8 products save
 FP8_RECIPE = "rowwise_with_gw_hp"
+FP8_MULTIPLE = 16  # both sizes of a weight, or torch._scaled_mm refuses the product
 USABLE = 0.9  # share of the free memory that an estimate may fill
 
 
@@ -112,15 +113,23 @@ def check_fp8(device: torch.device) -> None:
 def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
     """Run the block linears' products, forward and backward, in fp8 with a scale for each row (torchao), in place.
 
-    adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  ``changes``: further
-    fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has fp8 products.
+    adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  Block linears with a
+    size that is no multiple of 16 stay in bf16 too (the MLPs of L, 1p6B and cifar10), with a line that says so.
+    ``changes``: further fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has
+    fp8 products.
     """
     if not changes.get("emulate"):
         check_fp8(device)
     float8 = require("torchao.float8", "fp8")
     recipe = float8.Float8LinearConfig.from_recipe_name(FP8_RECIPE)
+    linears = {name: module for name, module in model.named_modules() if is_block_linear(module, name)}
+    fit = {name for name, linear in linears.items() if not any(n % FP8_MULTIPLE for n in linear.weight.shape)}
+    if len(fit) < len(linears):
+        odd = next(name for name in linears if name not in fit)
+        counts, shape = f"{len(linears) - len(fit)} of {len(linears)}", list(linears[odd].weight.shape)
+        _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd, shape)
     float8.convert_to_float8_training(
-        model, config=dataclasses.replace(recipe, **changes), module_filter_fn=is_block_linear
+        model, config=dataclasses.replace(recipe, **changes), module_filter_fn=lambda _, name: name in fit
     )
 
 

@@ -75,6 +75,19 @@ def test_fp8_emulated(tiny):
     assert list(model.state_dict()) == names
 
 
+def test_fp8_leaves_linears_whose_sizes_it_cannot_take(tiny, caplog):
+    """Width 32: the MLP's hidden size is 85, as cifar10's is 682."""
+    float8 = pytest.importorskip("torchao.float8")
+    model = build_model(tiny(model=dict(width=32, depth=1)))
+    use_fp8(model, CPU, emulate=True)
+    kinds = {name: isinstance(module, float8.float8_linear.Float8Linear) for name, module in model.named_modules()}
+    block = {
+        name.split(".", 2)[2]: kind for name, kind in kinds.items() if is_block_linear(model.get_submodule(name), name)
+    }
+    assert block == {"attn.qkv": True, "attn.proj": True, "mlp.w12": False, "mlp.w3": False}
+    assert "fp8: 2 of 4 block linears stay in bf16, blocks.0.mlp.w12 [170, 32]" in caplog.text
+
+
 def test_free_fields_may_change_within_a_run(tiny):
     changes = {"train": dict(memory="full", cuda_graph="auto"), "model": dict(attention="reference")}
     assert differences(tiny(), tiny(**changes)) == []
