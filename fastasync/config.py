@@ -220,6 +220,7 @@ FREE_FIELDS = (
     "data.root",
     "data.images",
     "data.skip_bad",
+    "representations.decoder",
     "schedule.baselines",
     "model.kernels",
     "model.attention",

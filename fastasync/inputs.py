@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -116,6 +116,24 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
         wanted = ",".join(map(str, found))
         raise UserError("representations.channels", ",".join(map(str, reps.channels)), f"the encoders give {wanted}")
     return _selection_flops(encoder, images.image_shape)
+
+
+def check_outputs(config: Config, stages: Sequence[str]) -> None:
+    """What sampling and scoring of latents need, before any work.  Raises UserError."""
+    decoder, settings = config.representations.decoder, config.evaluate
+    if "sample" in stages:
+        if not decoder:
+            raise UserError("representations.decoder", "(empty)", "give the texture autoencoder's weights file")
+        if decoder not in registered() and not Path(decoder).exists():
+            remedy = f"is no file and no representation ({', '.join(sorted(registered()))})"
+            raise UserError("representations.decoder", decoder, remedy)
+    if "evaluate" in stages:
+        if settings.features != "inception":
+            raise UserError("evaluate.features", settings.features, "a folder of latents is scored with inception")
+        if not settings.reference:
+            raise UserError("evaluate.reference", "(empty)", "give an npz with mu and sigma, or with arr_0 (images)")
+        if not Path(settings.reference).is_file():
+            raise UserError("evaluate.reference", settings.reference, "no such file")
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -230,13 +248,9 @@ def _from_latents(config: Config, device: torch.device) -> Inputs:
         return decoder().decode(z[:, : reps.channels[0]] * std + mean)
 
     def extractor() -> FeatureExtractor:
-        if settings.features != "inception":
-            raise UserError("evaluate.features", settings.features, "a folder of latents is scored with inception")
         return InceptionFeatures(settings.weights, device)
 
     def reference(extractor: FeatureExtractor) -> Reference:
-        if not settings.reference:
-            raise UserError("evaluate.reference", "(empty)", "give an npz with mu and sigma, or with arr_0 (images)")
         path = Path(settings.reference)
         try:
             found: FeatureSet | GaussianStatistics = GaussianStatistics.load(path)
@@ -267,8 +281,6 @@ def _latent_decoder(config: Config, latents: Latents, device: torch.device) -> C
 
     @cache
     def decoder() -> Representation:
-        if not reps.decoder:
-            raise UserError("representations.decoder", "(empty)", "give the texture autoencoder's weights file")
         if reps.decoder in registered():
             made = build(reps.decoder, shape, reps.grid)
         else:

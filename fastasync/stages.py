@@ -28,7 +28,7 @@ from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
 from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
-from fastasync.inputs import Inputs, Reference, check_inputs, open_inputs
+from fastasync.inputs import Inputs, Reference, check_inputs, check_outputs, open_inputs
 from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
 from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
@@ -72,6 +72,7 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
     images, classes = config.data.dataset != "latents", config.model.classes
     selection_flops = check_inputs(config) if images else 0
     if not images:
+        check_outputs(config, stages)
         with open_latents(config.data.root, features=config.objective.cached_features, classes=classes) as latents:
             check_inputs(config, latents)  # opened once: on a slow disk that takes its time
             check_data(config, latents)

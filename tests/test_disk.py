@@ -276,9 +276,33 @@ def test_one_class_is_trained_and_sampled(images, tmp_path):
 def test_the_decoder_of_other_latents(latents, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(train(latents, out)) == 0
-    more = ["representations.decoder=texture2"]
-    refused(capsys, train(latents, out, *more, stage="sample"), "texture2")
-    assert not (out / "samples").exists()
+    for decoder, says in (
+        ("texture2", "is no file and no representation"),
+        ("", "give the texture autoencoder's weights"),
+        ("lowfreq", "the latents were made by"),
+    ):
+        setting = f"representations.decoder={decoder}"
+        refused(capsys, train(latents, out, setting, stage="sample"), "representations.decoder", decoder, says)
+        assert not list(out.glob("samples/*/*.npz"))
+    right = [
+        "representations.decoder=texture",
+        "sample.count=2",
+        "sample.steps=1",
+    ]  # a run trained without one takes it
+    assert main(["sample", "--out", str(out), *(part for setting in right for part in ("--set", setting))]) == 0
+    assert len(list(out.glob("samples/*/samples.npz"))) == 1
+
+
+def test_what_scoring_latents_needs_is_asked_for_before_any_work(latents, tmp_path, capsys):
+    out, decoder = tmp_path / "run", "representations.decoder=texture"
+    for more, *says in (
+        ([decoder], "evaluate.features", "inception"),
+        ([decoder, "evaluate.features=inception"], "evaluate.reference", "(empty)"),
+        ([decoder, "evaluate.features=inception", "evaluate.reference=none.npz"], "evaluate.reference", "no such file"),
+        ([], "representations.decoder", "(empty)"),
+    ):
+        refused(capsys, train(latents, out, *more, stage="run"), *says)
+        assert not out.exists()
 
 
 def test_deepspeed_missing_is_named_before_any_work(latents, tmp_path, capsys, monkeypatch):

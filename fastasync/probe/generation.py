@@ -249,55 +249,54 @@ def search(
             f"leaves {affordable} samples to compare schedules with, {LEAST_SAMPLES} are needed: multiply it by "
             f"{1.1 * LEAST_SAMPLES / max(affordable, 1):.2g}, lower probe.train_share, or set probe.estimator to B",
         )
-    bar = tqdm(total=affordable, desc="schedules", unit="img", disable=not progress)
+    with tqdm(total=affordable, desc="schedules", unit="img", disable=not progress) as bar:
 
-    def extend(candidate: _Candidate, count: int) -> float:
-        if count > candidate.count:
-            budget.spend("sampling", (count - candidate.count) * sample_flops)
-            if scorer.flops:
-                budget.spend("scoring", (count - candidate.count) * scorer.flops)
-            latents = generate(candidate.schedule, torch.arange(candidate.count, count))
-            bar.update(len(latents))
-            candidate.features.append(scorer.features(latents).detach().double().cpu())
-        score = frechet_distance(gaussian_statistics(torch.cat(candidate.features)), scorer.reference)
-        candidate.history.append({"samples": candidate.count, "distance": score})
-        bar.set_postfix(best=f"{score:.3f}")
-        return score
+        def extend(candidate: _Candidate, count: int) -> float:
+            if count > candidate.count:
+                budget.spend("sampling", (count - candidate.count) * sample_flops)
+                if scorer.flops:
+                    budget.spend("scoring", (count - candidate.count) * scorer.flops)
+                latents = generate(candidate.schedule, torch.arange(candidate.count, count))
+                bar.update(len(latents))
+                candidate.features.append(scorer.features(latents).detach().double().cpu())
+            score = frechet_distance(gaussian_statistics(torch.cat(candidate.features)), scorer.reference)
+            candidate.history.append({"samples": candidate.count, "distance": score})
+            bar.set_postfix(best=f"{score:.3f}")
+            return score
 
-    everyone = [_Candidate(name, schedule) for name, schedule in pool]
-    alive = everyone
-    for size, count in plan.rounds:
-        alive = sorted(alive, key=lambda c: c.history[-1]["distance"] if c.history else 0.0)[:size]
-        for candidate in alive:
-            extend(candidate, count)
-    alive = sorted(alive, key=lambda c: c.history[-1]["distance"])
-    winner, count = alive[0], plan.rounds[-1][1]
+        everyone = [_Candidate(name, schedule) for name, schedule in pool]
+        alive = everyone
+        for size, count in plan.rounds:
+            alive = sorted(alive, key=lambda c: c.history[-1]["distance"] if c.history else 0.0)[:size]
+            for candidate in alive:
+                extend(candidate, count)
+        alive = sorted(alive, key=lambda c: c.history[-1]["distance"])
+        winner, count = alive[0], plan.rounds[-1][1]
 
-    def noise_against(other: _Candidate) -> float:
-        return difference_noise(torch.cat(winner.features), torch.cat(other.features), scorer.reference)
+        def noise_against(other: _Candidate) -> float:
+            return difference_noise(torch.cat(winner.features), torch.cat(other.features), scorer.reference)
 
-    noise = noise_against(alive[1]) if len(alive) > 1 else 0.0
+        noise = noise_against(alive[1]) if len(alive) > 1 else 0.0
 
-    # local refinement: a step in each coordinate at the last round's sample count, halved when nothing improves
-    left, step, seen = affordable - plan.total, 1.0, {c.schedule.fingerprint for c in everyone}
-    while left >= count and step > 0.2:
-        improved = False
-        for schedule in neighbours(winner.schedule, roles, step):
-            if left < count:
-                break
-            if schedule.fingerprint in seen:
-                continue
-            seen.add(schedule.fingerprint)
-            trial = _Candidate(label(schedule), schedule)
-            everyone.append(trial)
-            left -= count
-            gain = winner.history[-1]["distance"] - extend(trial, count)
-            if gain > 0 and gain > noise_against(trial):  # a luckier draw is not a better schedule
-                winner, improved = trial, True
-                break
-        if not improved:
-            step /= 2
-    bar.close()
+        # local refinement: a step in each coordinate at the last round's sample count, halved when nothing improves
+        left, step, seen = affordable - plan.total, 1.0, {c.schedule.fingerprint for c in everyone}
+        while left >= count and step > 0.2:
+            improved = False
+            for schedule in neighbours(winner.schedule, roles, step):
+                if left < count:
+                    break
+                if schedule.fingerprint in seen:
+                    continue
+                seen.add(schedule.fingerprint)
+                trial = _Candidate(label(schedule), schedule)
+                everyone.append(trial)
+                left -= count
+                gain = winner.history[-1]["distance"] - extend(trial, count)
+                if gain > 0 and gain > noise_against(trial):  # a luckier draw is not a better schedule
+                    winner, improved = trial, True
+                    break
+            if not improved:
+                step /= 2
     rows = [
         {
             "label": c.label,

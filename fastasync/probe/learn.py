@@ -7,7 +7,7 @@ probe network (B, C), from which an interrupted run goes on; while it is trained
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,7 +247,7 @@ def learn_schedule(
 def _fingerprint(config: Config, latents: Latents, planned_flops: float) -> str:
     """Of everything that the trained probe depends on."""
     z, y = latents.batch(torch.arange(min(len(latents), 64)))
-    sections = (config.representations, config.probe)
+    sections = (replace(config.representations, decoder=""), config.probe)
     model = (config.model.classes, config.model.patch, config.model.label_dropout)
     facts = [asdict(section) for section in sections]
     density, flip = config.objective.density, config.data.flip

@@ -238,17 +238,16 @@ def surface_errors(
     """Per-sample errors of ``velocity(x, tau, y)`` on ``count`` draws with independent local times."""
     taus, errors = [], []
     batch = min(batch, len(latents))
-    bar = tqdm(total=count, desc="surface", unit="img", disable=not progress)
-    for number, start in enumerate(range(0, count, batch)):
-        step, size = EVALUATION_STEP + number, min(batch, count - start)
-        samples = torch.arange(size, device=device)
-        z, y = latents.batch(batch_indices(number, batch, len(latents), seed)[:size])
-        z, y = z.to(device), y.to(device)
-        tau = independent_times(len(channels), size, seed, step)
-        local = tau.to(device, torch.promote_types(z.dtype, torch.float32))
-        v = velocity(ops.noising(z, local, channels, seed, step, samples), local, y)
-        taus.append(tau.float())
-        errors.append(ops.flow_errors(v, z, channels, seed, step, samples)[0].float().cpu())
-        bar.update(size)
-    bar.close()
+    with tqdm(total=count, desc="surface", unit="img", disable=not progress) as bar:
+        for number, start in enumerate(range(0, count, batch)):
+            step, size = EVALUATION_STEP + number, min(batch, count - start)
+            samples = torch.arange(size, device=device)
+            z, y = latents.batch(batch_indices(number, batch, len(latents), seed)[:size])
+            z, y = z.to(device), y.to(device)
+            tau = independent_times(len(channels), size, seed, step)
+            local = tau.to(device, torch.promote_types(z.dtype, torch.float32))
+            v = velocity(ops.noising(z, local, channels, seed, step, samples), local, y)
+            taus.append(tau.float())
+            errors.append(ops.flow_errors(v, z, channels, seed, step, samples)[0].float().cpu())
+            bar.update(size)
     return Errors(torch.cat(taus), torch.cat(errors))

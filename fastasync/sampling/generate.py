@@ -97,15 +97,16 @@ def generate_images(
     # the name tells the whole range: after an interruption another batch size may continue
     parts = [folder / f"part_{int(indices[0]):08d}_{len(indices)}.npz" for indices in index_batches]
     mine = range(rank, len(parts), world)
-    bar = tqdm(total=sum(len(index_batches[i]) for i in mine), desc=label, unit="img", disable=not progress)
-    for i in mine:
-        if not parts[i].exists():
-            images, labels, evaluations = make(index_batches[i])
-            keep = int((index_batches[i] < count).sum())
-            rgb = images[:keep].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-            _write_part(parts[i], images=rgb, labels=labels[:keep].cpu().numpy(), evaluations=np.array([evaluations]))
-        bar.update(len(index_batches[i]))
-    bar.close()
+    with tqdm(total=sum(len(index_batches[i]) for i in mine), desc=label, unit="img", disable=not progress) as bar:
+        for i in mine:
+            if not parts[i].exists():
+                images, labels, evaluations = make(index_batches[i])
+                keep = int((index_batches[i] < count).sum())
+                rgb = images[:keep].expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+                _write_part(
+                    parts[i], images=rgb, labels=labels[:keep].cpu().numpy(), evaluations=np.array([evaluations])
+                )
+            bar.update(len(index_batches[i]))
     if join and all(part.exists() for part in parts):
         _join(parts, target, count)
     return target
