@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import RESULTS, Bench, WrongResult, check, summarize
+from bench.harness import RESULTS, Bench, WrongResult, check, device_name, summarize
 from bench.subjects.common import XL, Random
 
 TINY = {"width": 16, "heads": 2, "hidden": 24, "tokens": 4}  # of a rehearsal
@@ -297,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", default="", help="directions that contain this, as the table names them")
     top.add_argument("--seconds", type=float, default=540, help="the whole sweep's limit (default 540)")
     top.add_argument("--rounds", type=int, default=12)
-    top.add_argument("--out", type=Path, help="the CSV (default $OUT/tune.csv, or bench/results/tune.csv)")
+    top.add_argument("--out", type=Path, help="the CSV (default tune/<device>.csv in $OUT, or in bench/results)")
     mode = top.add_mutually_exclusive_group()
     mode.add_argument("--rehearse", action="store_true", help="tiny shapes in the interpreter; times mean nothing")
     mode.add_argument("--offline", action="store_true", help="compile for sm_90 only, without a GPU")
@@ -323,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if mode != "rehearse":
         faulthandler.dump_traceback_later(options.seconds + 90, exit=True)  # a hang must say where
     folder = Path(os.environ["OUT"]) if os.environ.get("OUT") else RESULTS
-    sweep = Sweep(mode, options.out or folder / "tune.csv", options.seconds, options.rounds)
+    name = device_name(torch.device("cuda")) if mode == "gpu" else mode
+    sweep = Sweep(mode, options.out or folder / "tune" / f"{name}.csv", options.seconds, options.rounds)
     lines = []
     chosen = [target for target in targets(sweep.size, names) if options.only in target.direction]
     for index, target in enumerate(chosen):
