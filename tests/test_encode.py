@@ -266,7 +266,7 @@ def test_another_encoder_images_or_dtype_in_the_same_folder(tmp_path, images, bu
     relabelled = ImageSet(images.images, images.labels.flip(0), 4, images.class_names, "noise")
     for source, representations, options, message in (
         (images, Bundle(changed), {}, "encoded with fingerprints"),
-        (relabelled, bundle, {}, "encoded with images"),
+        (relabelled, bundle, {}, "begun from 26 images, 0 bad ones left out; asked for others"),
         (
             images,
             bundle,
@@ -274,7 +274,7 @@ def test_another_encoder_images_or_dtype_in_the_same_folder(tmp_path, images, bu
             "encoded with dtype float32, asked for bfloat16: choose another folder",
         ),
         (images, bundle, dict(flip=False), "encoded with flip true, asked for false"),
-        (images, bundle, dict(features=Features()), "encoded with features , asked for features-1"),
+        (images, bundle, dict(features=Features()), "encoded with features none, asked for features-1"),
     ):
         with pytest.raises(UserError, match=message):
             make(source, representations, tmp_path / "out", **options)
@@ -303,7 +303,7 @@ def test_a_refused_call_leaves_nothing(tmp_path, images, bundle):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     make(images, bundle, tmp_path / "out", rank=1, world=2)
     begun = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="asked for"):
+    with pytest.raises(UserError, match="begun from"):
         make(source, broken, tmp_path / "out")
     assert contents(tmp_path / "out") == begun
 

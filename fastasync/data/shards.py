@@ -24,16 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.errors import UserError
-from fastasync.files import save_tensors, sha256_file, write_json
+from fastasync.files import CODES, save_tensors, sha256_file, write_json
 from fastasync.representations.statistics import LatentStatistics, StreamingStatistics, checked_statistics
 
 FORMAT = 1
 ENCODING, INDEX = "encoding.json", "index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FEATURES_DTYPE = torch.float16
-_CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_CODES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-_CODES |= {"BOOL": torch.bool}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 _CHUNK = 16  # images that statistics are computed over at a time: they stay in the cache (2.4 times faster than 256)
 _AGAIN = "delete it and run the same `fastasync encode` again: only what is missing is made"
 
@@ -66,7 +64,7 @@ class MappedFile:
             whole = torch.from_file(str(path), shared=False, size=self.size, dtype=torch.uint8)
             for name, entry in entries.items():
                 first, last = entry["data_offsets"]
-                values = whole[start + first : start + last].view(_CODES[entry["dtype"]])
+                values = whole[start + first : start + last].view(_DTYPES[entry["dtype"]])
                 self.tensors[name] = values.view(entry["shape"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(str(path), f"not a readable safetensors file ({_brief(error)})", remedy) from None
@@ -194,6 +192,13 @@ def begin(out: Path, encoding: Encoding) -> None:
         found = _encoding(read_signed(out / ENCODING, f"delete {out / ENCODING} and run again"))
         for key, value in asdict(encoding).items():
             old = getattr(found, key)
+            if key == "images" and old != value:
+                before, now = (
+                    f"{each.count:,} images, {each.left_out:,} bad ones left out" for each in (found, encoding)
+                )
+                raise UserError(
+                    str(out), f"begun from {before}; asked for {now if now != before else 'others'}", remedy
+                )
             if old != value:
                 raise UserError(str(out), f"encoded with {key} {_short(old)}, asked for {_short(value)}", remedy)
         return
@@ -205,7 +210,7 @@ def begin(out: Path, encoding: Encoding) -> None:
 
 
 def _short(value: object) -> str:
-    text = value[:12] if isinstance(value, str) else json.dumps(value)
+    text = value[:12] or "none" if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, digest_tensors, load_tensors, save_tensors, write_json
@@ -51,6 +52,21 @@ def test_tensors_round_trip_and_are_checked(tmp_path):
         load_tensors(tmp_path / "t", sha256, "again")
     with pytest.raises(UserError, match="missing: again"):
         load_tensors(tmp_path / "u", sha256, "again")
+
+
+def test_the_file_is_the_one_that_safetensors_would_write(tmp_path):
+    """Byte for byte (but for the order of types of one size)."""
+    tensors = {
+        "z": torch.arange(6, dtype=torch.int64).reshape(2, 3), "ä b": torch.randn(3, 5), "half": torch.randn(7).half(),
+        "flag": torch.tensor([True, False, True]), "none": torch.empty(0, 4), "one": torch.tensor(2.5),
+        "map": torch.randn(4, 6)[:, ::2], "brain": torch.randn(2, 1).bfloat16(), "byte": torch.tensor(3).byte(),
+    }  # fmt: skip
+    sha256 = save_tensors(tmp_path / "t", tensors)
+    back = load_tensors(tmp_path / "t", sha256, "again")
+    assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
+    same = {name: value.contiguous() for name, value in tensors.items() if name not in ("brain", "byte")}
+    save_tensors(tmp_path / "t", same)
+    assert (tmp_path / "t").read_bytes() == save(same)
 
 
 def test_digests_see_values_names_dtypes_shapes_and_facts():

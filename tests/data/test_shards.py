@@ -85,7 +85,7 @@ def test_a_lost_record_is_made_again_exactly(folder, encoding):
 
 def test_another_encoding_is_refused(folder, encoding):
     for change, message in (
-        (dict(images="images-2"), "encoded with images images-1, asked for images-2"),
+        (dict(images="images-2"), "begun from 23 images, 0 bad ones left out; asked for others: choose"),
         (dict(fingerprints=("f1", "fX", "f3")), r'fingerprints \["f1", "f2", "f3"\], asked for \["f1", "fX", "f3"\]'),
         (dict(dtype="float16"), "dtype float32, asked for float16"),
         (dict(shard_size=6), "shard_size 5, asked for 6"),
