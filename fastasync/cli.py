@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # CPU threads that spin for long while they wait stall everything on a machine that does something else too
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
     argv = sys.argv[1:] if argv is None else list(argv)
+    while argv and argv[0].startswith(("--local_rank=", "--local-rank=")):  # of `deepspeed --module fastasync COMMAND`
+        del argv[0]
     arguments = parser(argv[0] if argv else None).parse_args(argv)
     try:
         code = _command(arguments)

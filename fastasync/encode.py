@@ -34,6 +34,8 @@ from fastasync.errors import UserError, unknown_name
 from fastasync.files import PARTIAL, remove_partials
 from fastasync.images import ImageSource, open_images, open_source, require_checked
 from fastasync.representations import Bundle, build, load_plugin, load_prepared
+from fastasync.representations.base import registered
+from fastasync.representations.weights import checked_device
 
 
 class FeatureEncoder(Protocol):
@@ -315,7 +317,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("where", metavar="DIR", help="folder of class folders, folder of tars, or a glob of tars")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--prepared", type=Path, help="take the representations of this prepared folder")
-    parser.add_argument("--representations", default="texture,semantic", help="or these, in order (%(default)s)")
+    parser.add_argument("--representations", metavar="NAMES", help="or these, in order: autoencoder,dino_semantic")
     parser.add_argument("--option", action="append", default=[], metavar="NAME.KEY=VALUE", help="of a representation")
     parser.add_argument("--plugin", action="append", default=[], type=Path, help="file that registers representations")
     parser.add_argument("--repa-vit", metavar="NAME", help="also store this timm ViT's features, for REPA")
@@ -348,7 +350,7 @@ def encode_command(arguments: argparse.Namespace) -> int:
         open_source(arguments.where), arguments.skip_bad or arguments.bad, arguments.skip_bad is not None
     )
     local = _from_environment(None, 0, "LOCAL_RANK", "SLURM_LOCALID")
-    device = arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = checked_device(arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
     bundle, features = _bundle(arguments), None
     if arguments.repa_vit:
         from fastasync.representations.vit import FrozenViT, TokenFeatures
@@ -380,6 +382,10 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
         load_plugin(path)
     if arguments.prepared is not None:
         return load_prepared(arguments.prepared).bundle
+    if arguments.representations is None:
+        known = ", ".join(registered())
+        remedy = f"give some of {known}, in order (such as autoencoder,dino_semantic), or --prepared FOLDER"
+        raise UserError("--representations", "(not given)", remedy)
     names = [name.strip() for name in arguments.representations.split(",")]
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text in arguments.option:
@@ -414,7 +420,8 @@ def check_latents_command(arguments: argparse.Namespace) -> int:
     report = check_latents(arguments.directory)
     for problem in report.problems:
         print(problem)
-    verdict = f"{len(report.problems)} problems" if report.problems else "all as they were written"
+    count = len(report.problems)
+    verdict = f"{count} problem{'s' if count > 1 else ''}" if report.problems else "all as they were written"
     size = f"{report.images:,} images in {report.shards:,} shards, {report.bytes / 1e9:.3g} GB"
     print(f"check-latents: {size}: {verdict}")
     return 1 if report.problems else 0

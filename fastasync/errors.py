@@ -43,4 +43,5 @@ def unknown_name(field: str, value: object, known: Iterable[str]) -> UserError:
     """The error for a name that is none of ``known``: suggests the nearest, or lists them all."""
     names = sorted(known)
     near = difflib.get_close_matches(str(value), names, n=1)
-    return UserError(field, repr(value), f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}")
+    choices = f"choose one of {', '.join(names)}" if names else "there are none to choose from"
+    return UserError(field, repr(value), f"did you mean {near[0]!r}?" if near else choices)

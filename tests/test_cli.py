@@ -319,3 +319,10 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("fastasync.stages.prepare_stage", full)
     refused(capsys, arguments(tmp_path / "out"), "out of memory", "train.accumulate")
+
+
+def test_deepspeed_may_start_every_command(capsys):
+    """``deepspeed --module fastasync COMMAND`` puts an option of its own before the command."""
+    for option in ("--local_rank=1", "--local-rank=1"):
+        assert main([option, "presets"]) == 0
+        assert "imagenet256-xl " in capsys.readouterr().out

@@ -80,6 +80,8 @@ def check_images(
     ``.state``.  Raises UserError when the files cannot be written.
     """
     out_list = Path(out_list)
+    if out_list.is_dir():
+        raise UserError("--list", out_list, "is a folder: give the file to write")
     state = out_list.with_name(f"{out_list.name}.state")
     lines = _read_state(state, source)
     with atomic_path(state) as partial:

@@ -68,6 +68,10 @@ class Representation(nn.Module):
         ]
         return digest_tensors(self.state_dict(), *facts)
 
+    def fits(self, fingerprint: str) -> bool:
+        """Whether this decodes latents whose encoding has that fingerprint."""
+        return self.fingerprint() == fingerprint
+
 
 Kind = TypeVar("Kind", bound=type[Representation])
 _REGISTRY: dict[str, type[Representation]] = {}
@@ -104,7 +108,11 @@ def build(
     extra: dict[str, Any] = {}
     if kind.uses_encoder:
         if encoder is None:
-            raise UserError(f"representation {name}", "no encoder", "pass the frozen classifier that it reads")
+            raise UserError(
+                f"representation {name}",
+                "no encoder",
+                "it reads the classifier that `prepare` trains: use --prepared RUN/prepared, or dino_semantic",
+            )
         extra["encoder"] = encoder
     accepted = [key for key in inspect.signature(kind).parameters if key not in ("image_shape", "grid", "encoder")]
     for option in options:

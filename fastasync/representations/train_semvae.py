@@ -34,7 +34,7 @@ from fastasync.representations.semvae import SemVAE, SemVAESettings, semvae_loss
 from fastasync.representations.semvae_file import load_semvae, save_semvae
 from fastasync.representations.statistics import StreamingStatistics
 from fastasync.representations.vit import DINOV2_B, FrozenViT
-from fastasync.representations.weights import PRECISIONS, autocast, check_precision
+from fastasync.representations.weights import PRECISIONS, autocast, check_precision, checked_device
 
 FORMAT = 1
 STATE, WEIGHTS = "state.json", "semvae.safetensors"
@@ -73,6 +73,10 @@ class SemVAETraining:
         for name in ("steps", "batch", "width", "depth"):
             if getattr(self.semvae, name) < 1:
                 raise UserError(name, getattr(self.semvae, name), "must be at least 1")
+        if self.warmup < 0:
+            raise UserError("warmup", self.warmup, "must be at least 0")
+        if not 0 <= self.semvae.kl_weight < math.inf:
+            raise UserError("KL weight", self.semvae.kl_weight, "must be at least 0")
         for name in ("channels", "held_out", "probe_images", "statistics_images", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "must be at least 1")
@@ -504,6 +508,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def train_semvae_command(arguments: argparse.Namespace) -> int:
     """Run ``train-semvae``; prints the quality reached and where the weights are; 0.  Raises UserError."""
     a = arguments
+    checked_device(a.device)
     if a.device == "cuda":
         from fastasync.training.build import choose_device
 

@@ -102,6 +102,22 @@ def check_precision(field: str, precision: str) -> None:
         raise unknown_name(f"{field}: precision", precision, PRECISIONS)
 
 
+def checked_device(name: str) -> torch.device:
+    """``cpu``, ``cuda`` or ``cuda:N``.  UserError for another one, and for one that is not here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError("--device", name, "use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(
+            "--device", name, f"there are {count} CUDA devices here" if count else "no CUDA device is here: use cpu"
+        )
+    return device
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Context in which matrix products and convolutions run in ``precision``."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

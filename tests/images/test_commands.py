@@ -128,3 +128,49 @@ def test_one_class_and_more_ranks_than_images(tree, tmp_path, capsys, kept):
     assert not (tmp_path / "out").exists()
     assert encode(tree, tmp_path / "out") == 0
     assert len(ShardLatents(tmp_path / "out")) == kept
+
+
+def refuses(capsys, arguments, *says):
+    """The command ends with code 2 and one line with all of ``says``."""
+    assert main([str(word) for word in arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastasync")]
+    for text in says:
+        assert text in line
+
+
+def test_what_a_command_lacks_is_named(tmp_path, tree, capsys):
+    here, out = ["--size", 32, "--grid", 8], tmp_path / "out"
+    command = ["encode", tree, "--out", out, *here]
+    refuses(capsys, command, "--representations: (not given): give some of ", "or --prepared FOLDER")
+    semantic = [*command, "--representations", "texture,semantic"]
+    refuses(capsys, semantic, "representation semantic: no encoder", "use --prepared RUN/prepared, or dino_semantic")
+    odd = [*command, "--representations", "texture", "--option", "texture.side=3"]
+    refuses(capsys, odd, "representation texture: option: 'side': there are none to choose from")
+    semvae = ["train-semvae", "--data", tree, "--out", out]
+    for device, says in (("tpu", "use cpu, cuda or cuda:N"), ("meta", "use cpu, cuda"), ("cuda:99", "CUDA device")):
+        refuses(capsys, [*command, "--representations", "texture", "--device", device], f"--device: {device}: ", says)
+        refuses(capsys, [*semvae, "--device", device], f"--device: {device}: ", says)
+    for option, says in (("--warmup=-1", "warmup: -1"), ("--kl-weight=nan", "KL weight: nan")):
+        refuses(capsys, [*semvae, "--device", "cpu", option], says, "must be at least 0")
+    assert not out.exists()
+
+
+def test_the_list_is_no_folder(tmp_path, tree, capsys):
+    """Said before the images are looked at."""
+    refuses(capsys, ["check-images", tree, "--list", tmp_path], f"--list: {tmp_path}: is a folder: give the file")
+    assert not list(tmp_path.glob(".*"))
+    assert not tmp_path.with_name(f"{tmp_path.name}.state").exists()
+
+
+def test_bad_files_found_while_encoding(tmp_path, tree, capsys):
+    """The folder that was begun with them says what it was begun from."""
+    bad, out = tmp_path / "bad.txt", tmp_path / "out"
+    (tree / "ä one" / "bild 5 ß日本.JPEG").write_bytes(b"")
+    assert encode(tree, out) == 2
+    assert (out / "shard-00000.safetensors").exists()
+    main(["check-images", str(tree), "--list", str(bad)])
+    count = len(bad.read_text().splitlines())
+    capsys.readouterr()
+    assert encode(tree, out, "--skip-bad", bad) == 2
+    line = capsys.readouterr().err
+    assert f"12 images, 0 bad ones left out; asked for {12 - count} images, {count} bad ones left out: choose" in line
