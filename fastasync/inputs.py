@@ -121,6 +121,8 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
 def check_outputs(config: Config, stages: Sequence[str]) -> None:
     """What sampling and scoring of latents need, before any work.  Raises UserError."""
     decoder, settings = config.representations.decoder, config.evaluate
+    if config.representations.plugin:  # which may be the decoder
+        load_plugin(config.representations.plugin)
     if "sample" in stages:
         if not decoder:
             raise UserError("representations.decoder", "(empty)", "give the texture autoencoder's weights file")
@@ -134,6 +136,11 @@ def check_outputs(config: Config, stages: Sequence[str]) -> None:
             raise UserError("evaluate.reference", "(empty)", "give an npz with mu and sigma, or with arr_0 (images)")
         if not Path(settings.reference).is_file():
             raise UserError("evaluate.reference", settings.reference, "no such file")
+
+
+def check_decoder(config: Config, latents: MappedLatents) -> None:
+    """UserError unless the decoder is of the encoder that made the latents, where that is known."""
+    _latent_decoder(config, latents, torch.device("cpu"))()
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ def _latent_decoder(config: Config, latents: Latents, device: torch.device) -> C
             made = build(reps.decoder, shape, reps.grid)
         else:
             made = build("autoencoder", shape, reps.grid, weights=reps.decoder)
-        if index is not None and made.fingerprint() != index.encoding.fingerprints[0]:
+        if index is not None and not made.fits(index.encoding.fingerprints[0]):
             found, wanted = made.fingerprint()[:12], index.encoding.fingerprints[0][:12]
             raise UserError("representations.decoder", reps.decoder, f"is {found}, the latents were made by {wanted}")
         return made.to(device)

@@ -28,7 +28,7 @@ from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
 from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
-from fastasync.inputs import Inputs, Reference, check_inputs, check_outputs, open_inputs
+from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
 from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
 from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
@@ -76,6 +76,8 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         with open_latents(config.data.root, features=config.objective.cached_features, classes=classes) as latents:
             check_inputs(config, latents)  # opened once: on a slow disk that takes its time
             check_data(config, latents)
+            if "sample" in stages:
+                check_decoder(config, latents)
             if config.objective.repa_source == "cached" or "train" in stages:
                 repa_features(config, latents)
     elif config.objective.repa_weight:

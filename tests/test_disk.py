@@ -115,7 +115,8 @@ def test_folders_that_cannot_be_written(place, images, latents, capsys):
         refused(capsys, ["check-images", images, "--list", locked / "bad.txt"], "bad.txt", "Permission denied")
         refused(capsys, [*features, "--out", locked / "semvae"], "locked/semvae", "Permission denied")
         refused(capsys, ["convert", place / "run", locked / "a.pt"], "locked/a.pt", "Permission denied")
-        refused(capsys, ["sample", "--out", place / "run"], str(place / "run"), "Permission denied")
+        decoder = ["--set", "representations.decoder=texture"]
+        refused(capsys, ["sample", "--out", place / "run", *decoder], str(place / "run"), "Permission denied")
         refused(capsys, ["report", "--out", place / "run"], str(place / "run"), "Permission denied")
     shutil.rmtree(place / "features")
     assert contents(place) == before

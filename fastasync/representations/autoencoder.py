@@ -19,6 +19,7 @@ from fastasync.files import digest_tensors
 from fastasync.representations.base import ImageShape, Representation, register
 from fastasync.representations.texture import to_float, to_uint8
 from fastasync.representations.weights import (
+    PRECISIONS,
     autocast,
     check_precision,
     import_model_package,
@@ -194,5 +195,12 @@ class Autoencoder(Representation):
 
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of what else changes the latents; not of where the file is."""
-        sampled = self.seed if self.sample else None
-        return digest_tensors(self.state_dict(), self.name, self.version, self.grid, sampled, self.precision)
+        return self._fingerprint(self.seed if self.sample else None, self.precision)
+
+    def _fingerprint(self, sampled: int | None, precision: str) -> str:
+        return digest_tensors(self.state_dict(), self.name, self.version, self.grid, sampled, precision)
+
+    def fits(self, fingerprint: str) -> bool:
+        """Whether these weights made the latents: means or samples (of this seed), in any precision."""
+        ways = ((sampled, precision) for precision in PRECISIONS for sampled in (None, self.seed))
+        return any(self._fingerprint(*way) == fingerprint for way in ways)

@@ -147,6 +147,8 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_path(ldm, checkpoint, tmp_
     others = [fingerprint(changed), fingerprint(checkpoint, sample=True), fingerprint(checkpoint, precision="bfloat16")]
     others.append(fingerprint(checkpoint, sample=True, seed=1))
     assert len({first, *others}) == 5
+    decoder = build("autoencoder", SHAPE, GRID, weights=checkpoint)  # however the latents were drawn
+    assert [decoder.fits(each) for each in (first, *others)] == [True, False, True, True, False]
 
 
 def test_weights_go_out_in_the_layout_they_came_in(ldm, checkpoint):
