@@ -19,7 +19,7 @@ SETTINGS = [
     "data.dataset=latents", "data.flip=true", "representations.names=texture,lowfreq",
     "representations.channels=48,3", "representations.grid=8", "representations.decoder=texture",
     "schedule.name=learned", "schedule.baselines=", "model.depth=2", "model.width=32", "model.heads=2",
-    "model.classes=3", "train.batch=8", "train.steps=6", "train.checkpoint_every=3", "train.log_every=1",
+    "model.classes=3", "train.batch=8", "train.steps=30", "train.checkpoint_every=15", "train.log_every=1",
     "train.precision=fp32", "probe.estimator=B", "probe.depth=1", "probe.width=16", "probe.heads=1", "probe.batch=2",
     "probe.budget=1", "sample.count=12", "sample.steps=2", "sample.batch=8",
 ]  # fmt: skip
@@ -58,16 +58,16 @@ def test_from_jpegs_to_an_exported_network(jpegs, tmp_path, capsys):
     assert main([*encode, "--skip-bad", str(bad)]) == 0
     assert main(["check-latents", str(latents)]) == 0
 
-    # two ranks learn the schedule, train three steps, are started again and train to the sixth
+    # two ranks learn the schedule, train fifteen steps, are started again and train to the thirtieth
     environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
     train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
              str(ROOT / "train.py"), "--preset", "digits", "--out", str(out),
              *settings(f"data.root={latents}", "train.zero=1")]  # fmt: skip
-    for steps in (3, 6):
+    for steps in (15, 30):
         command = [*train, "--set", f"train.steps={steps}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "checkpoints" / "step_00000006" / "manifest.json").is_file()
+    assert (out / "checkpoints" / "step_00000030" / "manifest.json").is_file()
     assert main(["verify", str(out)]) == 0
 
     # one process samples and exports; the file loads strictly
@@ -77,7 +77,7 @@ def test_from_jpegs_to_an_exported_network(jpegs, tmp_path, capsys):
     assert main(["convert", str(out), str(tmp_path / "published.pt")]) == 0
     loaded = load_model(out)
     load_into(loaded.model, load_state(tmp_path / "published.pt"))
-    assert loaded.info.step == 6
+    assert loaded.info.step == 30
 
 
 def test_bad_latents_are_one_line(jpegs, tmp_path, capsys):
