@@ -3,11 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 import yaml
 
 from fastasync.config import Config, apply_settings, config_from_dict, differences, flatten, load_config
 from fastasync.errors import UserError
+from fastasync.model import parameter_count
 from fastasync.presets import PRESETS, preset
+from fastasync.training import build_model
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -16,6 +19,19 @@ def test_every_preset_is_valid_and_survives_yaml(name):
     assert config.preset == name
     assert PRESETS[name].summary
     assert config_from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_every_preset_builds_its_network():
+    """On the meta device.  The published sizes are counted by hand in tests/model; each row names the right one."""
+    xl = 682_765_424
+    expected = {
+        "digits": 723_884, "cifar10": 9_754_080, "imagenet256-xl": xl, "imagenet256-s": 39_483_824,
+        "imagenet256-b": 137_632_304, "imagenet256-l": 465_533_712, "imagenet256-xxl": 1_037_191_472,
+        "imagenet256-xl-sfd": xl, "autoguidance-b": 130_287_408,
+    }  # fmt: skip
+    with torch.device("meta"):
+        found = {name: parameter_count(build_model(preset(name))) for name in PRESETS}
+    assert found == expected
 
 
 def test_presets_say_what_they_are():

@@ -134,6 +134,9 @@ def test_guidance_identities():
     unguided = guided(main, scale=(1.0, 1.0), weak=weak)(x, tau, y)
     assert unguided.weak is None
     assert torch.equal(unguided.v, main(x, tau, y))
+    unguided = guided(main, scale=(1.0, 1.0), null_class=9)(x, tau, y)
+    assert unguided.weak is None
+    assert torch.equal(unguided.v, main(x, tau, y))
     outside = guided(main, scale=(3.0, 3.0), interval=(0.8, 0.9), weak=weak)(x, tau, y)
     assert outside.weak is None
     # scale 0 is the weak model; an interval guides only the representation whose own time is inside
