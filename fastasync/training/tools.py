@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import safetensors
@@ -51,9 +52,10 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
     """Write ``{'ema': state_dict}`` in the published layout from a checkpoint or a run; returns ``out``.
 
     The entry is called ``ema`` for raw weights too, since that is what the peers' code loads.
+    Of a run the newest complete checkpoint; what is skipped is said on stderr.
     Raises UserError when the checkpoint is not complete or the file cannot be written.
     """
-    loaded = checkpoint.load_model(source, ema=ema)
+    loaded = checkpoint.load_model(source, ema=ema, say=lambda line: print(line, file=sys.stderr))
     if out.is_dir():
         raise UserError("OUT", out, "is a folder: give the file to write")
     # a stream: given a path, torch reports what the system refuses as a RuntimeError

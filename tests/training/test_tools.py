@@ -55,6 +55,18 @@ def test_export_loads_strictly(tmp_path, tiny, run, weights, capsys):
     assert all(torch.equal(value, source[name]) for name, value in model.state_dict().items())
 
 
+def test_a_damaged_checkpoint_that_is_passed_over_is_said(tmp_path, tiny, run, capsys):
+    run(tiny(), tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    with open(newest / "ema.safetensors", "r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"x")
+    assert tools.convert_command(command(["convert", tmp_path / "run", tmp_path / "out.pt"])) == 0
+    assert capsys.readouterr().err.startswith(f"skipped checkpoint {newest}: ema.safetensors was altered")
+    with pytest.raises(UserError, match="damaged"):
+        tools.convert_command(command(["convert", newest, tmp_path / "out.pt"]))
+
+
 def test_a_run_starts_from_published_weights(tmp_path, tiny, run):
     """Imported, the first loss is that of those weights, and the average starts from them too."""
     config = tiny(train=dict(steps=1, log_every=1, lr=0.0))
