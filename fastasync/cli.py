@@ -213,6 +213,7 @@ def _stage(arguments: argparse.Namespace) -> int:
     else:
         stages.preflight(config, _WORK[arguments.command])
         stages.check_begun_probes(Run(out, config))  # here too, so that config.yaml does not hold what is refused
+        stages.check_same_latents(Run(out, config))
     if arguments.command in ("sample", "evaluate"):
         stages.check_sampling(Run(out, config))
     if arguments.command in ("train", "run"):

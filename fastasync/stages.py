@@ -102,6 +102,20 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
             InceptionFeatures(config.evaluate.weights)
 
 
+def check_same_latents(run: Run) -> None:
+    """UserError where the run's newest checkpoint is of other latents than its data.root holds now."""
+    config, root = run.config, run.path / checkpoint.FOLDER
+    known = [path for step, path in checkpoint.steps(root) if checkpoint.saved_at(root, step)]
+    if config.data.dataset != "latents" or not known:
+        return
+    trained = checkpoint.read_state(known[-1]).statistics
+    with open_latents(config.data.root, classes=config.model.classes) as latents:
+        found = latents.statistics_fingerprint
+    if found != trained:
+        what = f"has latents with statistics {found[:12]}, {known[-1].name} was trained on {trained[:12]}"
+        raise UserError("data.root", config.data.root, f"{what}: give their folder, or another --out")
+
+
 def check_begun_probes(run: Run) -> None:
     """Raises UserError where an interrupted probe of the run or of a baseline was planned for other train.steps."""
     for each in (run, *(run.baseline(name) for name in run.config.schedule.others)):

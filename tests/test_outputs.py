@@ -1,5 +1,7 @@
 """The decoder of samples, of a run on a folder of latents: checked before training, given at any time."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,25 @@ def test_the_decoder_may_be_named_after_training(stage, tmp_path, capsys):
     assert existing_config(out).representations.decoder == "texture"
     assert main(["train", "--out", str(out), "--set", "train.steps=4"]) == 0  # its checkpoints are still the run's
     assert (out / "checkpoints" / "step_00000004").is_dir()
+
+
+def test_other_latents_are_refused_and_forgotten(stage, tmp_path, capsys):
+    """By their folder's name; the run's configuration keeps its own, which may move."""
+    out, other, moved = tmp_path / "run", tmp_path / "other", tmp_path / "moved"
+    assert stage("train") == 0
+    before = (out / "config.yaml").read_text()
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    bundle = Bundle([build(name, (3, 32, 32), 8) for name in ("texture", "lowfreq")])
+    encode(ImageSet(images, torch.arange(12) % 2, 2, ("a", "b"), "noise"), bundle, other, progress=False)
+    capsys.readouterr()
+    for command in ("train", "sample"):
+        more = ["train.steps=4", f"data.root={other}", "representations.decoder=texture"]
+        assert main([command, "--out", str(out), *(part for each in more for part in ("--set", each))]) == 2
+        assert f"data.root: {other}: has latents with statistics " in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == before
+    shutil.copytree(existing_config(out).data.root, moved)
+    assert main(["train", "--out", str(out), "--set", "train.steps=4", "--set", f"data.root={moved}"]) == 0
+    assert existing_config(out).data.root == str(moved)
 
 
 def test_a_decoder_of_other_latents_is_refused_before_training(stage, tmp_path, capsys):
