@@ -29,7 +29,7 @@ from fastasync.probe.joint import learn_jointly
 from fastasync.probe.network import Errors, autocast, build_probe, surface_errors, train_surface_probe
 from fastasync.probe.oracle import best_path
 from fastasync.probe.resume import TRAINING, Progress, read_facts
-from fastasync.probe.surface import LossSurface, sweep
+from fastasync.probe.surface import LEAST_ERRORS, LossSurface, sweep
 from fastasync.sampling.generate import initial_noise, sample_labels
 from fastasync.sampling.integrators import evaluations, integrate, time_grid
 from fastasync.schedule import Schedule, schedule_from_json
@@ -159,7 +159,7 @@ def _sample_flops(config: Config, forward: float) -> float:
 
 def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
     """``plan_probe``; B must keep enough errors to fit a surface to, C enough samples to compare schedules with."""
-    least = MIN_FIT * forward if config.probe.estimator == "B" else 0.0
+    least = LEAST_ERRORS * len(config.representations.names) * forward if config.probe.estimator == "B" else 0.0
     if config.probe.estimator == "C":
         samples = LEAST_SAMPLES * (_sample_flops(config, forward) + score_flops)
         least = max(samples + MIN_FIT * forward, samples / (1 - FIT_SHARE))

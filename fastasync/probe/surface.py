@@ -25,6 +25,7 @@ from fastasync.schedule import ConvexSchedule, Schedule, kinetic_energy
 Errors = Callable[[Tensor], Tensor]  # l: tau [..., K] -> [..., K]
 DEGREE = 5
 SAMPLES_PER_TERM = 4  # fewer errors than this for each coefficient lower the degree
+LEAST_ERRORS = 8  # for each local time: fewer determine no surface at all
 JUMP = 0.25  # neighbouring betas whose paths are further apart than this in a local time: the optimum jumped
 _POINTS = 256  # quadrature points in s while minimising
 _START_SPREAD = 3.0  # logits of the first and the last basis function differ by this in a one-sided start
@@ -79,13 +80,13 @@ class LossSurface:
         """Weighted least squares on per-sample errors [N, K] at local times tau [N, K].
 
         An error is a sum of many squares, so its standard deviation is proportional to its mean: the second pass
-        weights each row by the inverse square of the first fit.  Raises ValueError for fewer than 8 K samples.
+        weights each row by the inverse square of the first fit.  ValueError for fewer than LEAST_ERRORS K samples.
         """
         tau, errors = tau.to("cpu", torch.float64), errors.to("cpu", torch.float64)
         count = tau.shape[1]
         while degree > 1 and len(_exponents(count, degree)) * SAMPLES_PER_TERM > len(tau):
             degree -= 1
-        if len(tau) < 8 * count:
+        if len(tau) < LEAST_ERRORS * count:
             raise ValueError(f"{len(tau)} errors cannot determine a surface over {count} local times")
         terms = tuple(_exponents(count, degree))
         design = _design(tau, terms)

@@ -266,7 +266,7 @@ def test_too_few_errors_for_b_are_found_before_any_training():
     config = tiny_config(estimator="B", train_share=1.0)
     with pytest.raises(UserError, match=r"probe\.train_share: 1\.0: leaves nothing"):
         probe_plan(config, planned(config))
-    config = tiny_config(estimator="B", train_share=0.98)
+    config = tiny_config(estimator="B", train_share=0.999)
     with pytest.raises(UserError, match=r"probe\.budget: .*to fit a loss surface: .*probe\.train_share"):
         probe_plan(config, planned(config))
     assert probe_plan(tiny_config(estimator="B", train_share=0.9), planned(config)).fit_flops > 0
