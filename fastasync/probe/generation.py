@@ -94,24 +94,29 @@ def power_family(
 def candidate_family(
     names: Sequence[str], roles: Sequence[str], learned: Mapping[str, Schedule]
 ) -> dict[str, Schedule]:
-    """The candidates, most informative first (a small budget drops the last): synchronous always, then B's learned
-    ones (by name), then power curves and offsets."""
+    """The candidates, most informative first (a small budget drops the last): synchronous always, then one of each
+    kind (the first of B's ``learned`` ones, an offset, power curves), then the rest of each, B's first."""
     family: dict[str, Schedule] = {"synchronous": synchronous(names)}
-    family |= learned
+    first = next(iter(learned), None)
+    if first is not None:
+        family[first] = learned[first]
 
     def add_power(strengths: Sequence[float], floor: float) -> None:
         for schedule in power_family(names, roles, strengths, floor):
             family.setdefault(label(schedule), schedule)
 
+    def add_offsets(*deltas: float) -> None:
+        if len(set(roles)) > 1:
+            family.update({f"offset {delta:g}": offset(names, delta, roles) for delta in deltas})
+
     if len(names) == 1:
-        return family
-    offsets = (0.3, 0.6, 0.15, 0.45, 0.8) if len(set(roles)) > 1 else ()
+        return family | learned
+    add_offsets(0.3)
     add_power((2.0,), 0.1)
-    for delta in offsets[:2]:
-        family[f"offset {delta:g}"] = offset(names, delta, roles)
+    family |= learned
+    add_offsets(0.6)
     add_power((1.0,), 0.1)
-    for delta in offsets[2:]:
-        family[f"offset {delta:g}"] = offset(names, delta, roles)
+    add_offsets(0.15, 0.45, 0.8)
     add_power((0.5, 4.0), 0.1)
     add_power((1.0, 2.0), 0.3)
     family["cascade"] = cascade(names, roles)

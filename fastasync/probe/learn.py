@@ -69,9 +69,9 @@ class ProbeResult:
         """What to print: the choice, what decided it, and what it cost."""
         chosen, spent = self.diagnostics["chosen"], self.budget["flops"]
         loss = "" if chosen["objective"] is None else f"J {chosen['objective']:.4f} = loss {chosen['loss']:.4f} + "
-        label = f"{self.diagnostics['label']}, a " if "label" in self.diagnostics else ""
+        label = f"{self.diagnostics['label']}, kind " if "label" in self.diagnostics else "kind "
         lines = [
-            f"estimator {self.estimator}: {label}{self.schedule.kind} schedule, lead {self.schedule.lead():.3f}",
+            f"estimator {self.estimator}: {label}{self.schedule.kind}, lead {self.schedule.lead():.3f}",
             f"{loss}beta {chosen['beta']:g} x KE {chosen['kinetic_energy']:.3f}, lam {chosen['lam']}",
         ]
         for row in self.diagnostics["curl"] or []:

@@ -9,6 +9,7 @@ from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
 from fastasync.probe.budget import Budget
 from fastasync.probe.generation import (
     MAX_SAMPLES,
+    MIN_CANDIDATES,
     MIN_SAMPLES,
     Scorer,
     candidate_family,
@@ -102,6 +103,17 @@ def test_a_small_allowance_drops_candidates_but_never_synchronous():
     assert len(labels) < len(candidate_family(NAMES, ROLES, {}))
     with pytest.raises(UserError, match=r"probe\.budget"):
         run_search(PAIR, candidate_family(NAMES, ROLES, {}), ROLES, 3, 100)
+
+
+def test_the_smallest_allowance_compares_one_of_each_kind():
+    """B's schedules for three betas are alike: they must not crowd out the offset and the power curve."""
+    shape = ConvexSchedule(NAMES, ROLES).logits.shape
+    learned = {f"B beta {beta}": ConvexSchedule(NAMES, ROLES, torch.randn(shape)) for beta in (0.1, 1, 10)}
+    family = candidate_family(NAMES, ROLES, learned)
+    assert list(family)[:MIN_CANDIDATES] == ["synchronous", "B beta 0.1", "offset 0.3", "power 3/1 floor 0.1"]
+    assert learned.keys() < family.keys()
+    one = ConvexSchedule(["one"], ["free"])
+    assert list(candidate_family(one.names, one.roles, {"B": one})) == ["synchronous", "B"]
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3, 7, 22])
