@@ -249,13 +249,14 @@ class PlainEngine:
 
 
 def choose_engine(config: Config, here: Session) -> str:
-    """``plain`` or ``deepspeed``: for ``auto``, what started this process decides.
+    """``plain`` or ``deepspeed``: for ``auto``, what started this process decides, or a DeepSpeed JSON of the user's.
 
     Raises UserError for the plain engine under a launcher of several ranks: it would train as many separate networks.
     """
     engine = config.train.engine
     if engine == "auto":
-        return "deepspeed" if here.world > 1 or here.by_deepspeed else "plain"
+        wanted = here.world > 1 or here.by_deepspeed or config.train.deepspeed_config
+        return "deepspeed" if wanted else "plain"
     if engine == "plain" and here.world > 1:
         raise UserError("train.engine", "plain", f"is one process, the launcher started {here.world}: use deepspeed")
     return engine

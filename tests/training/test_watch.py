@@ -180,6 +180,7 @@ def test_who_starts_a_process_chooses_the_engine(tiny):
     by_deepspeed = Session({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CROSS_SIZE": "1"})
     assert [choose_engine(tiny(), here) for here in (alone, two, by_deepspeed)] == ["plain", "deepspeed", "deepspeed"]
     assert choose_engine(tiny(train=dict(engine="deepspeed")), alone) == "deepspeed"
+    assert choose_engine(tiny(train=dict(deepspeed_config="mine.json")), alone) == "deepspeed"
     with pytest.raises(UserError, match="the launcher started 2: use deepspeed"):
         choose_engine(tiny(train=dict(engine="plain")), two)
     assert (alone.is_main, two.is_main, two.local) == (True, False, 1)
