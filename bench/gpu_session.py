@@ -38,9 +38,13 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
 }
-# with CIFAR-10 in data/ and the Inception weights in weights/ (fastasync fetch); only where --stages names them
+# only where --stages names them; the last three need what `fastasync fetch` brings: CIFAR-10, and Inception's weights
+PRECISION = ["-m", "bench.precision_curve", "--preset", "cifar10", "--size", "S", "--steps", "1500"]
 STUDY = ["-m", "bench.science.study", "--preset", "cifar10", "--work", "runs/science"]
 ON_REQUEST: dict[str, tuple[float, list[str]]] = {
+    "tune": (300, ["-m", "bench.tune"]),
+    "short-attention": (120, ["-m", "bench.experiments.short_attention"]),
+    "precision": (480, [*PRECISION, "--set", "train.compile=regional"]),
     "integrators": (420, [*STUDY, "--questions", "8", "--seeds", "1", "--set", "sample.count=10000"]),
     "cifar10": (585, ["-m", "fastasync", "run", "--preset", "cifar10", "--out", "runs/cifar10"]),
 }
@@ -63,6 +67,12 @@ def command_of(stage: str, seconds: float, out: Path, rounds: int) -> list[str]:
     if "bench.run" in command:
         command += ["--minutes", f"{0.85 * seconds / 60:.2f}", "--results", str(out), "--rounds", str(rounds)]
         command += ["--record"]
+    if "bench.tune" in command:
+        command += ["--seconds", f"{0.85 * seconds:.0f}", "--out", str(out / "tune" / "sweep.csv")]
+    if "bench.experiments.short_attention" in command:
+        command += ["--results", str(out)]
+    if "bench.precision_curve" in command:
+        command += ["--out", str(out / "precision")]
     if "bench.science.study" in command:
         command += ["--out", str(out / "science")]
     if "bench.profile_step" in command:
