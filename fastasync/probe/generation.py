@@ -110,7 +110,7 @@ def candidate_family(
             family.update({f"offset {delta:g}": offset(names, delta, roles) for delta in deltas})
 
     if len(names) == 1:
-        return family | learned
+        return {**family, **learned}
     add_offsets(0.3)
     add_power((2.0,), 0.1)
     family |= learned
