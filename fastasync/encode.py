@@ -31,7 +31,7 @@ from fastasync.data.shards import (
     write_shard,
 )
 from fastasync.errors import UserError, unknown_name
-from fastasync.files import PARTIAL, remove_partials
+from fastasync.files import remove_partials
 from fastasync.images import ImageSource, open_images, open_source, require_checked
 from fastasync.representations import Bundle, build, load_plugin, load_prepared
 from fastasync.representations.base import registered
@@ -223,8 +223,7 @@ def _remove_partials(out: Path, encoding: Encoding, mine: Iterable[int], alone: 
         remove_partials(out)
         return
     for shard in mine:
-        for leftover in out.glob(f".{Path(encoding.file(shard)).stem}.*{PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+        remove_partials(out, f"{Path(encoding.file(shard)).stem}.")
 
 
 def _check_space(out: Path, encoding: Encoding) -> None:

@@ -7,30 +7,20 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastasync.errors import UserError
 
-CODES = {  # of a safetensors header
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 PARTIAL = ".partial"  # suffix of a file that is still being written (and of what a killed process leaves)
 
 
@@ -76,10 +66,13 @@ def error_number(error: OSError | SafetensorError) -> int | None:
     return getattr(error, "errno", None) or (int(found.group(1)) if found else None)
 
 
-def remove_partials(directory: str | Path) -> None:
-    """Remove what a killed process left of unfinished files in ``directory``."""
-    for leftover in Path(directory).glob(f".*{PARTIAL}"):
-        leftover.unlink(missing_ok=True)
+def remove_partials(directory: str | Path, stem: str = "") -> None:
+    """Remove what a killed process left of files in ``directory`` whose names begin with ``stem``."""
+    for leftover in Path(directory).glob(f".{stem}*{PARTIAL}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -96,30 +89,16 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file atomically; returns its SHA-256."""
+    path = Path(path)
     with atomic_path(path) as partial:
-        _write_tensors(partial, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        # in a folder of its own: save_file begins with a .tmpXXXXXX, which nobody removes after a kill
+        with TemporaryDirectory(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent) as folder:
+            made = Path(folder) / "tensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made)
+            made.chmod(0o644)  # safetensors makes it readable by its owner only
+            os.replace(made, partial)
         digest = sha256_file(partial)
     return digest
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The file that safetensors would write, under this very name.
-
-    Its own ``save_file`` writes beside it, to ``.tmpXXXXXX``: what a killed process leaves would stay for ever.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that all are aligned
-    header: dict[str, Any] = {}
-    start = 0
-    for name in names:
-        end = start + tensors[name].nbytes
-        entry = {"dtype": CODES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-        header[name], start = entry, end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            stream.write(tensors[name].flatten().view(torch.uint8).numpy().data)
 
 
 def load_tensors(path: str | Path, sha256: str, remedy: str) -> dict[str, Tensor]:

@@ -83,7 +83,8 @@ def make(images, bundle, out, **options):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    kept = (path for path in sorted(folder.iterdir()) if path.name != ".lock")
+    return {path.name: b"" if path.is_dir() else path.read_bytes() for path in kept}
 
 
 def test_latents_are_the_bundles(tmp_path, images, bundle):

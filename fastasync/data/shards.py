@@ -24,14 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.errors import UserError
-from fastasync.files import CODES, save_tensors, sha256_file, write_json
+from fastasync.files import save_tensors, sha256_file, write_json
 from fastasync.representations.statistics import LatentStatistics, StreamingStatistics, checked_statistics
 
 FORMAT = 1
 ENCODING, INDEX = "encoding.json", "index.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FEATURES_DTYPE = torch.float16
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
+_CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_CODES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_CODES |= {"BOOL": torch.bool}
 _CHUNK = 16  # images that statistics are computed over at a time: they stay in the cache (2.4 times faster than 256)
 _AGAIN = "delete it and run the same `fastasync encode` again: only what is missing is made"
 
@@ -64,7 +66,7 @@ class MappedFile:
             whole = torch.from_file(str(path), shared=False, size=self.size, dtype=torch.uint8)
             for name, entry in entries.items():
                 first, last = entry["data_offsets"]
-                values = whole[start + first : start + last].view(_DTYPES[entry["dtype"]])
+                values = whole[start + first : start + last].view(_CODES[entry["dtype"]])
                 self.tensors[name] = values.view(entry["shape"])
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(str(path), f"not a readable safetensors file ({_brief(error)})", remedy) from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastasync.errors import UserError
-from fastasync.files import PARTIAL, atomic_path
+from fastasync.files import atomic_path, remove_partials
 from fastasync.training.sinks import CSV, CsvFile, WandbRun
 
 FILE, BOARD = "metrics.jsonl", "tensorboard"
@@ -167,8 +167,7 @@ class MetricsLog:
     def __init__(self, out_dir: Path, step: int, project: str = "", facts: dict[str, Any] | None = None):
         self.path = out_dir / FILE
         for name in (FILE, CSV):
-            for leftover in out_dir.glob(f".{name}.*{PARTIAL}"):  # of a killed process
-                leftover.unlink(missing_ok=True)
+            remove_partials(out_dir, f"{name}.")
         self._others: list[CsvFile | WandbRun] = []
         try:
             kept = [line for line in self._lines() if _step_of(line) <= step]

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save
 
+from fastasync import files
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, digest_tensors, load_tensors, save_tensors, write_json
 
@@ -54,19 +55,29 @@ def test_tensors_round_trip_and_are_checked(tmp_path):
         load_tensors(tmp_path / "u", sha256, "again")
 
 
-def test_the_file_is_the_one_that_safetensors_would_write(tmp_path):
-    """Byte for byte (but for the order of types of one size)."""
-    tensors = {
-        "z": torch.arange(6, dtype=torch.int64).reshape(2, 3), "ä b": torch.randn(3, 5), "half": torch.randn(7).half(),
-        "flag": torch.tensor([True, False, True]), "none": torch.empty(0, 4), "one": torch.tensor(2.5),
-        "map": torch.randn(4, 6)[:, ::2], "brain": torch.randn(2, 1).bfloat16(), "byte": torch.tensor(3).byte(),
-    }  # fmt: skip
-    sha256 = save_tensors(tmp_path / "t", tensors)
-    back = load_tensors(tmp_path / "t", sha256, "again")
-    assert all(torch.equal(back[name], tensors[name]) and back[name].dtype == tensors[name].dtype for name in tensors)
-    same = {name: value.contiguous() for name, value in tensors.items() if name not in ("brain", "byte")}
-    save_tensors(tmp_path / "t", same)
-    assert (tmp_path / "t").read_bytes() == save(same)
+def test_nothing_stays_of_tensors_that_were_not_written_whole(tmp_path, monkeypatch):
+    """Neither of a failed write nor, once the partials are removed, of a killed one; another file's partials stay."""
+    save_tensors(tmp_path / "t", {"a": torch.ones(3)})
+    before = (tmp_path / "t").read_bytes()
+    seen = []
+
+    def half(tensors, path):
+        (path.parent / ".tmpAbC123").write_text("half")  # as safetensors' save_file begins
+        left = shutil.copytree(path.parent, tmp_path / f"{path.parent.name[:-8]}x.partial")  # as if killed here
+        seen.extend(left.iterdir())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "save_file", half)
+    with pytest.raises(UserError, match="no space left"):
+        save_tensors(tmp_path / "t", {"a": torch.zeros(3)})
+    (tmp_path / ".u.1.partial").write_text("half")
+    assert [path.name for path in seen] == [".tmpAbC123"]
+    files.remove_partials(tmp_path, "t.")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".u.1.partial", "t"]
+    files.remove_partials(tmp_path)
+    assert os.listdir(tmp_path) == ["t"]
+    assert (tmp_path / "t").read_bytes() == before
+    assert (tmp_path / "t").stat().st_mode & 0o777 == 0o644
 
 
 def test_digests_see_values_names_dtypes_shapes_and_facts():
