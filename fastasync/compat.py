@@ -1,9 +1,11 @@
-"""Work-arounds for packages that do not import as they are."""
+"""Work-arounds for packages that do not import, or do not work, as they are."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -49,3 +51,24 @@ def import_torch_fidelity() -> ModuleType:
     """
     import_torchvision()
     return require("torch_fidelity", "fid")
+
+
+def shorten_compiler_messages() -> None:
+    """Keep torch.compile from hanging where a graph uses operators of ours: only torch before 2.13 needs it.
+
+    Before its first use of an operator without a lowering, Inductor describes the arguments for a log message, whether
+    or not anybody logs it.  The description repeats every expression that an argument is computed from, as often as it
+    is used: for the backward pass of a whole network it does not end (seen on an H200 with torch 2.11: 17 minutes).
+    Here arguments are named by their type.  2.13 describes them only when the message is shown.
+    """
+    if tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13):
+        return
+    from torch._inductor import exc
+
+    exc.OperatorIssue.operator_str = staticmethod(describe_operator)  # type: ignore[method-assign]
+
+
+def describe_operator(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """An operator and the types of its arguments: what a compiler's message has room for."""
+    named = [type(arg).__name__ for arg in args] + [f"{name}={type(value).__name__}" for name, value in kwargs.items()]
+    return f"  target: {target}\n  arguments: {', '.join(named)}"

@@ -1,7 +1,7 @@
 """The velocity network: the LightningDiT family, its embeddings, its cost, and published weights."""
 
 from fastasync.model.dit import SIZES, LightningDiT, Size
-from fastasync.model.embeddings import drop_labels, short_name
+from fastasync.model.embeddings import short_name
 from fastasync.model.flops import (
     MemoryEstimate,
     activation_memory,
@@ -19,7 +19,6 @@ __all__ = [
     "MemoryEstimate",
     "Size",
     "activation_memory",
-    "drop_labels",
     "export_state",
     "forward_flops",
     "load_into",

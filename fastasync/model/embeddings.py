@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
-from fastasync_kernels import reference
 from torch import Tensor, nn
 
-LABEL_DROPOUT_STREAM = 2
 _SHORT_NAMES = {"texture": "tex", "semantic": "sem"}
 
 
@@ -113,12 +111,3 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
-
-
-def drop_labels(y: Tensor, null_class: int, rate: float, seed: int, step: int | Tensor, samples: Tensor) -> Tensor:
-    """Replace each label by ``null_class`` with probability ``rate``: a pure function of (seed, step, sample).
-
-    y [B] int64; samples [B] integer in [0, 2**32), so any split of the batch drops the same labels (Philox stream 2).
-    """
-    uniform = reference.philox_uniform(seed, step, samples, 1, stream=LABEL_DROPOUT_STREAM)[:, 0]
-    return torch.where(uniform < rate, null_class, y)

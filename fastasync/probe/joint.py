@@ -200,7 +200,7 @@ def learn_jointly(
         if states is not None and step > begin:
             states.save(state, step)
         z, y = training_batch(config, latents, step, device)
-        y = drop_some(y, config, step, samples)
+        y = drop_some(ops, y, config, step, samples)
         # 1. the network, along every schedule as it is now: corrected loss, mixture proposal
         times = [
             draw_times(

@@ -13,10 +13,11 @@ from fastasync_kernels.reference import philox_uniform
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastasync.compat import shorten_compiler_messages
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, draw_flips
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, drop_labels, train_flops
+from fastasync.model import LightningDiT, train_flops
 from fastasync.objective import TIME_STREAM
 from fastasync.probe.resume import Progress
 from fastasync.training.graph import GraphedStep, Part, launch_bound
@@ -47,6 +48,7 @@ def build_probe(config: Config, device: torch.device | str) -> LightningDiT:
             width=probe.width,
             heads=probe.heads,
             patch=config.model.patch,
+            mlp_multiple=config.model.mlp_multiple,
             kernels=config.model.kernels,
             attention=config.model.attention,
         )
@@ -154,9 +156,9 @@ def training_batch(config: Config, latents: Latents, step: int, device: torch.de
     return z.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def drop_some(y: Tensor, config: Config, step: int | Tensor, samples: Tensor) -> Tensor:
+def drop_some(ops: Any, y: Tensor, config: Config, step: int | Tensor, samples: Tensor) -> Tensor:
     """Labels [B] with some replaced by the null class, for guidance; pure in (probe.seed, step, sample)."""
-    return drop_labels(y, config.model.classes, config.model.label_dropout, config.probe.seed, step, samples)
+    return ops.drop_labels(y, config.model.classes, config.model.label_dropout, config.probe.seed, step, samples)
 
 
 def check_finite(loss: float, step: int) -> None:
@@ -189,12 +191,13 @@ def train_surface_probe(
     cuda = torch.device(device).type == "cuda"
     recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * probe.batch)
     if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
+        shorten_compiler_messages()
         network = torch.compile(model)
     samples = torch.arange(probe.batch, device=device)
 
     def compute(step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor]:
         z, y, tau = parts[0][:3]
-        y = drop_some(y, config, step, samples)
+        y = drop_some(ops, y, config, step, samples)
         with autocast(device):
             v = network(ops.noising(z, tau, channels, probe.seed, step, samples), tau, y)
         loss = ops.flow_errors(v, z, channels, probe.seed, step, samples)[0].sum(1).mean()

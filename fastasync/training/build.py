@@ -40,6 +40,7 @@ def build_model(config: Config) -> LightningDiT:
         width=width,
         heads=heads,
         patch=model.patch,
+        mlp_multiple=model.mlp_multiple,
         repa_width=model.repa_width or None,
         kernels=model.kernels,
         attention=model.attention,
@@ -114,7 +115,7 @@ def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
     """Run the block linears' products, forward and backward, in fp8 with a scale for each row (torchao), in place.
 
     adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  Block linears with a
-    size that is no multiple of 16 stay in bf16 too (the MLPs of L, 1p6B and cifar10), with a line that says so.
+    size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says so.
     ``changes``: further fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has
     fp8 products.
     """

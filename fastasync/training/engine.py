@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fastasync.compat import shorten_compiler_messages
 from fastasync.config import Config
 from fastasync.distributed import Session, session
 from fastasync.errors import UserError
@@ -120,6 +121,7 @@ _BACKEND = "inductor"  # of torch.compile
 
 def compile_in_place(model: LightningDiT, what: str) -> None:
     """``off``, ``regional`` (every block; they share two graphs) or ``model``.  State-dict names stay as they are."""
+    shorten_compiler_messages()
     if what == "model":
         model.compile(backend=_BACKEND)
     elif what == "regional":

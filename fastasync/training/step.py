@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastasync.config import Config
-from fastasync.model import drop_labels
 from fastasync.objective import Objective, Times
 from fastasync.training.engine import Compute, Engine
 from fastasync.training.graph import Part
@@ -26,7 +25,7 @@ def step_function(engine: Engine, config: Config, objective: Objective, ops: Any
     def compute(step: int | Tensor, parts: Sequence[Part]) -> Tensor:
         sums = []
         for at_model, part in zip(samples, parts, strict=True):
-            y = drop_labels(part.y, null_class, rate, seed, step, at_model)
+            y = ops.drop_labels(part.y, null_class, rate, seed, step, at_model)
             times = Times(part.tau, part.tau, part.weight)  # the global time has done its work
             features = part.features
             terms = objective(

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
+from .column_sums import column_sums
 
 # 32 tokens per program: partial sums then add about 6 % to the backward's traffic; a block of rows is what the
 # interpreter is fast at
@@ -354,8 +355,10 @@ def _launch_backward(
                 partial, weight, scale, dshift, dscale, dgate, weighted, chunks, scale.stride(0),
                 GATED=gated, SUMS=sums, D=width, BLOCK=REDUCE.columns, **REDUCE.options(2),
             )  # fmt: skip
-    dbias = x.new_empty(0) if bias is None else partial[:, :, 3].sum((0, 1)).to(bias)
-    return dx, dy, dgate, weighted.sum(0).to(weight.dtype), dshift, dscale, dbias
+    dbias = x.new_empty(0)
+    if bias is not None:
+        dbias = column_sums(partial.view(1, batch * chunks, sums, width)[:, :, 3])[0].to(bias)
+    return dx, dy, dgate, column_sums(weighted[None])[0].to(weight.dtype), dshift, dscale, dbias
 
 
 @torch.library.custom_op("fastasync::rmsnorm_modulate", mutates_args=())

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
+from .column_sums import column_sums
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
 # samples per program: 12,288 programs backward at B = N = 256, and partial sums of 2 MB; with the sums of a bias, which
@@ -337,7 +338,8 @@ def _backward_op(
     heads: int,
     eps: float,
     bias: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dqkv, the gradients of both norms' weights [2, Dh] in float32, and the bias's (empty without its dtype)."""
     batch, tokens, packed = qkv.shape
     width = packed // (3 * heads)
     dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
@@ -354,10 +356,8 @@ def _backward_op(
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
                 DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, **_meta(heads, width, 8, launch),
             )  # fmt: skip
-    dq_weight, dk_weight = partial.sum(1).unbind(0)
-    dbias = qkv.new_empty(0) if bias is None else bias_partial.sum(0).to(bias)
-    # copies: an operator's outputs may not share memory
-    return dqkv, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True), dbias
+    dbias = qkv.new_empty(0) if bias is None else column_sums(bias_partial[None])[0].to(bias)
+    return dqkv, column_sums(partial), dbias
 
 
 @_backward_op.register_fake
@@ -373,9 +373,9 @@ def _(
     heads: int,
     eps: float,
     bias: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     dbias = qkv.new_empty(0) if bias is None else qkv.new_empty(qkv.shape[-1], dtype=bias)
-    return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape), dbias
+    return qkv.new_empty(qkv.shape), qkv.new_empty((2, *q_weight.shape), dtype=torch.float32), dbias
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -394,8 +394,10 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        *grads, dbias = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps, ctx.bias)
-        return *grads, None, None, None, None, None, None if ctx.bias is None else dbias
+        key = (ctx.heads, ctx.eps, ctx.bias)
+        dqkv, dweights, dbias = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, *key)
+        dq_weight, dk_weight = dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
+        return dqkv, dq_weight, dk_weight, *[None] * 5, None if ctx.bias is None else dbias
 
 
 def qknorm_rope(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LABEL_DROPOUT_STREAM = 2  # of the generator, as 0 is the noise
 _MASK = 0xFFFFFFFF
 # Philox-4x32 multipliers and key increments (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -84,6 +85,15 @@ def philox_normal(seed: int, step: int | Tensor, samples: Tensor, count: int, st
         angle = (2.0 * math.pi) * angle_word
         pairs += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(pairs, dim=-1).flatten(1)[:, :count]
+
+
+def drop_labels(y: Tensor, null_class: int, rate: float, seed: int, step: int | Tensor, samples: Tensor) -> Tensor:
+    """Replace each label by ``null_class`` with probability ``rate``: a pure function of (seed, step, sample).
+
+    y [B] int64; samples [B] integer in [0, 2**32), so any split of the batch drops the same labels.
+    """
+    uniform = philox_uniform(seed, step, samples, 1, stream=LABEL_DROPOUT_STREAM)[:, 0]
+    return torch.where(uniform < rate, null_class, y)
 
 
 def per_channel(values: Tensor, channels: Sequence[int]) -> Tensor:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
+from .column_sums import column_sums
 
 # 3 x 1024 columns are XL's width exactly; a program takes one block of rows, and with the sums of a bias many
 FORWARD = BACKWARD = Launch(chunk=64 if INTERPRET else 4, rows=64 if INTERPRET else 4, columns=1024, warps=4)
@@ -146,7 +147,7 @@ def _backward_op(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor,
                 source, gradient, dpacked, partial, rows, source.stride(0), gradient.stride(0),
                 BIAS=with_bias, CHUNK=launch.chunk, STAGES=launch.stages, **meta,
             )  # fmt: skip
-    return dpacked, partial.sum(0) if with_bias else partial
+    return dpacked, column_sums(partial[None])[0] if with_bias else partial
 
 
 @_backward_op.register_fake

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .adaln import gated_rmsnorm_modulate, rmsnorm_modulate
 from .flow_errors import corrected_loss, flow_errors
 from .guided_update import guided_update
+from .label_dropout import drop_labels
 from .noising import noising
 from .qknorm_rope import qknorm_rope
 from .reference import draw_noise, per_channel, philox, philox_normal, philox_uniform, rmsnorm, rotate_pairs
@@ -17,6 +18,7 @@ from .swiglu import swiglu
 __all__ = [
     "corrected_loss",
     "draw_noise",
+    "drop_labels",
     "flow_errors",
     "gated_rmsnorm_modulate",
     "guided_update",

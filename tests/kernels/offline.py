@@ -59,6 +59,7 @@ def operations(ops):
         yield f"noising {seed}", lambda k=key: back(ops.noising(data, per, *k, dtype=torch.bfloat16))
         yield f"flow_errors {seed}", lambda k=key: back(*ops.flow_errors(tensor(2, 48, 16, 16), data, *k, cosine=True))
         yield f"corrected_loss {seed}", lambda k=key: back(*ops.corrected_loss(tensor(2, 48, 16, 16), data, per, *k))
+        yield f"drop_labels {seed}", lambda s=seed, n=number: ops.drop_labels(samples, 10, 0.1, s, n, samples)
     odd = tensor(2, 48, 3, 7, dtype=torch.float32)  # aligned by nothing
     key = (channels, 5, 6, samples)
     yield "flow_errors, odd grid", lambda: back(*ops.flow_errors(odd, odd.detach(), *key))

@@ -17,11 +17,22 @@ def test_kernels_compile_without_spills_and_launchers_bind_their_arguments(tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     lines = dict(line[3:].split(": ", 1) for line in done.stdout.splitlines() if line.startswith("ok "))
     modules = {label.split(".")[0] for label in lines if "." in label}
-    assert {"noising", "flow_errors", "guided_update", "adaln", "qknorm_rope", "swiglu"} <= modules
+    assert {
+        "noising",
+        "flow_errors",
+        "guided_update",
+        "adaln",
+        "qknorm_rope",
+        "swiglu",
+        "column_sums",
+        "label_dropout",
+    } <= modules
     # forward and backward; the loss: errors and gradient, their sum, the scaling that a factor of one skips
     assert lines["noising 1"] == lines["flow_errors 1"] == "2 launches"
     assert lines["corrected_loss 1"] == "3 launches"
-    # a bias costs no launch of its own
-    assert lines["gated, bias"] == lines["gated"] == lines["rmsnorm_modulate"] == "3 launches"
-    for name in ("swiglu", "qknorm_rope"):
-        assert lines[f"{name}, bias"] == lines[name] == "2 launches"
+    # forward, backward and the sums over its partial results; a bias costs no more than a sum of its own
+    assert lines["gated"] == lines["rmsnorm_modulate"] == "4 launches"
+    assert lines["gated, bias"] == "5 launches"
+    assert (lines["qknorm_rope"], lines["qknorm_rope, bias"]) == ("3 launches", "4 launches")
+    assert (lines["swiglu"], lines["swiglu, bias"]) == ("2 launches", "3 launches")
+    assert lines["drop_labels 1"] == "1 launches"

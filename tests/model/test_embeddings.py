@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from fastasync_kernels import reference
+from fastasync_kernels.reference import drop_labels
 
 from fastasync.model.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
-    drop_labels,
     position_table,
     rope_tables,
     short_name,

@@ -10,7 +10,7 @@ import torch
 
 from fastasync.config import Model, Train
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, drop_labels
+from fastasync.model import LightningDiT
 from fastasync.model.dit import ATTENTION
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective, Times, stratified
@@ -178,7 +178,7 @@ def losses(kernels, steps, data_seed, dtype, size, batch=16):
         noise = torch.randn(batch, 5, 2, 2, generator=generator)
         s = stratified(data_seed, step, samples, batch)[:, None].expand(batch, 2)
         times = Times(s, s, torch.ones_like(s)).to(DEVICE)
-        labels = drop_labels(y.to(DEVICE), 3, 0.1, data_seed, step, samples.to(DEVICE))
+        labels = ops.drop_labels(y.to(DEVICE), 3, 0.1, data_seed, step, samples.to(DEVICE))
 
         def network(x, tau, labels):
             with torch.autocast(DEVICE, dtype, enabled=dtype is not torch.float32):
