@@ -97,7 +97,7 @@ class Model:
     label_dropout: float = _number(0.1, 0.0, 1.0)
     repa_width: int = _number(0, 0)  # 0: no REPA projector
     kernels: str = _choice("auto", "auto", "triton", "reference")
-    attention: str = _choice("auto", "auto", "cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "reference")
+    attention: str = _choice("auto", "auto", "cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "reference")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
 | ``fa2`` | FlashAttention-2 (package flash-attn) |
 | ``sdpa`` | ``scaled_dot_product_attention`` with torch's own choice |
 | ``efficient`` | its memory-efficient backend |
+| ``triton`` | one kernel each way for at most 128 tokens, ``short_attention.py`` |
 | ``reference`` | the formula in float32 (float64 for float64): for tests, needs the memory of all scores |
 
 Every backend takes q, k, v of shape [B, heads, N, Dh] in any memory order with a contiguous last axis, so neither the
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "reference")
+BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 _log = logging.getLogger(__name__)
 _choices: dict[tuple[Any, ...], str] = {}
@@ -119,6 +120,12 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _fa4_op(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))[0].transpose(1, 2)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from .short_attention import short_attention  # here: the other backends do not need Triton
+
+    return short_attention(q, k, v)
+
+
 _RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cudnn": _cudnn,
     "fa4": _fa4,
@@ -126,6 +133,7 @@ _RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "fa2": functools.partial(_flash, "flash_attn"),
     "sdpa": _sdpa,
     "efficient": _efficient,
+    "triton": _triton,
     "reference": _reference,
 }
 
@@ -151,10 +159,29 @@ def _missing(backend: str) -> str:
     return ""
 
 
-def _reason(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _triton_reason(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str:
+    """Why the kernels of short_attention cannot run here, or an empty string.  Imports them."""
+    try:
+        from . import _common, short_attention
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    interpreted = device.type == "cpu" and _common.INTERPRET
+    if not interpreted and (device.type != "cuda" or not torch.cuda.is_available()):
+        return f"needs a CUDA device, not {device}"
+    # compiled, float32's products are for tests: they use no matrix unit, and big ones do not fit
+    if dtype not in _HALF and not (interpreted and dtype == torch.float32):
+        return f"needs float16 or bfloat16, not {dtype}"
+    if not interpreted and torch.cuda.get_device_capability(device)[0] < 8:
+        return f"needs compute capability 8.0, not {torch.cuda.get_device_capability(device)[0]}.x"
+    return short_attention.refusal(tokens, head_dim)
+
+
+def _reason(backend: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str:
     """Why ``backend`` cannot run here, or an empty string."""
     if backend in ("sdpa", "reference"):
         return ""
+    if backend == "triton":
+        return _triton_reason(device, dtype, tokens, head_dim)
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA device, not {device}"
     major = torch.cuda.get_device_capability(device)[0]
@@ -178,23 +205,42 @@ def _reason(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
 def available_backends(device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, str]:
     """Every backend -> why it cannot take q, k, v of this device, dtype and shape [B, heads, N, Dh]; "" if it can."""
-    return {backend: _reason(backend, torch.device(device), dtype, shape[-1]) for backend in BACKENDS}
+    return {backend: _reason(backend, torch.device(device), dtype, *shape[-2:]) for backend in BACKENDS}
 
 
 def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:
-    """Median of 10 runs in milliseconds, forward or forward and backward, on a CUDA device."""
-    times = []
-    with torch.enable_grad() if gradient else torch.no_grad():
-        for repeat in range(13):  # three to warm up
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+    """Median of 10 runs in milliseconds, forward or forward and backward, on a CUDA device.
+
+    Replays of a recording: from Python small shapes take as long as their launches, which a recorded step does not pay.
+    """
+
+    def run() -> None:
+        with torch.enable_grad() if gradient else torch.no_grad():
             out = _RUN[backend](q, k, v)
             if gradient:
                 torch.autograd.grad(out, (q, k, v), out.detach())
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times.append(start.elapsed_time(end))
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # to warm up
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph, times = torch.cuda.CUDAGraph(), []
+    repeat: Callable[[], None] = graph.replay
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    except RuntimeError as error:
+        _log.info("attention: %s cannot be recorded (%s), so its time has its launches in it", backend, error)
+        repeat = run
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        repeat()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
     return statistics.median(times)
 
 
@@ -236,7 +282,7 @@ def resolve_backend(
     if backend == "auto" and device.type != "cuda":
         return "sdpa"
     if backend != "auto":
-        reason = _reason(backend, device, dtype, shape[-1])
+        reason = _reason(backend, device, dtype, *shape[-2:])
         if reason:
             usable = [name for name, problem in available_backends(device, dtype, shape).items() if not problem]
             raise BackendUnavailable(

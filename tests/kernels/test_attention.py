@@ -5,14 +5,16 @@ import logging
 import sys
 import types
 
+import fastasync_kernels
 import pytest
 import torch
+from fastasync_kernels import _common
 from fastasync_kernels import attention as module
 from fastasync_kernels.attention import BACKENDS, BackendUnavailable, attention, available_backends, resolve_backend
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-XL = (256, 16, 256, 72)
+XL, CIFAR10 = (256, 16, 256, 72), (256, 8, 64, 32)
 
 
 def draw(shape=(2, 3, 10, 72), dtype=torch.float32, seed=0):
@@ -124,7 +126,7 @@ def test_one_token_attends_to_itself():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 16, 256, 72), (2, 6, 64, 64), (3, 2, 100, 72)])
+@pytest.mark.parametrize("shape", [(4, 16, 256, 72), (2, 6, 64, 64), (3, 2, 100, 72), (2, 8, 64, 32)])
 def test_every_available_backend_compiled_and_eager(shape, dtype, no_worse):
     tensors, upstream = draw(shape, dtype)
     truth, theirs = exact(tensors, upstream), run(module._sdpa, tensors, upstream)
@@ -180,9 +182,12 @@ def test_auto_takes_the_fastest_once_for_each_shape_dtype_and_direction(pretend_
         assert resolve_backend("auto", "cuda", torch.bfloat16, XL, gradient=False) == "efficient"
         assert resolve_backend("auto", "cuda", torch.float32, XL) == "sdpa"
         assert resolve_backend("auto", "cuda", torch.bfloat16, (0, *XL[1:])) == "sdpa"
-    assert [call[0] for call in calls] == [BACKENDS[:-1], BACKENDS[:-1], ("sdpa", "efficient")]
+    long = BACKENDS[:-2]  # neither triton, which is for short sequences, nor reference
+    assert [call[0] for call in calls] == [long, long, ("sdpa", "efficient")]
     assert len(caplog.records) == 3
     assert "cudnn for [256, 16, 256, 72] torch.bfloat16, forward and backward, on pretended GPU" in caplog.text
+    resolve_backend("auto", "cuda", torch.bfloat16, CIFAR10)
+    assert calls[-1][0] == BACKENDS[:-1]
 
 
 def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, caplog):
@@ -216,23 +221,39 @@ def test_reasons_on_cpu():
     assert list(reasons) == list(BACKENDS)
     assert [name for name, reason in reasons.items() if not reason] == ["sdpa", "reference"]
     assert all(reasons[name] == "needs a CUDA device, not cpu" for name in ("cudnn", "fa4", "fa3", "fa2", "efficient"))
+    assert reasons["triton"]  # too long; without the interpreter, no CUDA
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "width", "words"),
+    ("backend", "dtype", "tokens", "width", "words"),
     [
-        ("cudnn", torch.float32, 72, "needs float16 or bfloat16, not torch.float32"),
-        ("fa2", torch.bfloat16, 100, "multiple of 8, not 100"),
-        ("cudnn", torch.bfloat16, 256, "at most 128, not 256"),
-        ("fa4", torch.bfloat16, 256, ""),
-        ("efficient", torch.float64, 72, "does not take torch.float64"),
-        ("sdpa", torch.float64, 100, ""),
+        ("cudnn", torch.float32, 8, 72, "needs float16 or bfloat16, not torch.float32"),
+        ("fa2", torch.bfloat16, 8, 100, "multiple of 8, not 100"),
+        ("cudnn", torch.bfloat16, 8, 256, "at most 128, not 256"),
+        ("fa4", torch.bfloat16, 8, 256, ""),
+        ("efficient", torch.float64, 8, 72, "does not take torch.float64"),
+        ("sdpa", torch.float64, 8, 100, ""),
+        ("triton", torch.float16, 128, 100, ""),
+        ("triton", torch.bfloat16, 129, 72, "needs 1 to 128 tokens, not 129"),
+        ("triton", torch.bfloat16, 0, 72, "needs 1 to 128 tokens, not 0"),
+        ("triton", torch.bfloat16, 64, 136, "head dimension of 1 to 128, not 136"),
+        ("triton", torch.float32, 64, 32, "needs float16 or bfloat16, not torch.float32"),
     ],
 )
-def test_reasons_on_a_gpu(pretend_cuda, backend, dtype, width, words):
-    reason = available_backends("cuda", dtype, (1, 1, 8, width))[backend]
+def test_reasons_on_a_gpu(pretend_cuda, backend, dtype, tokens, width, words):
+    reason = available_backends("cuda", dtype, (1, 1, tokens, width))[backend]
     assert bool(reason) == bool(words)
     assert words in reason
+
+
+def test_triton_needs_itself_and_compute_capability_8(pretend_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "compute capability 8.0, not 7.x" in available_backends("cuda", torch.float16, CIFAR10)["triton"]
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    assert available_backends("cpu", torch.float16, CIFAR10)["triton"] == "needs a CUDA device, not cpu"
+    monkeypatch.delattr(fastasync_kernels, "short_attention", raising=False)
+    monkeypatch.setitem(sys.modules, "fastasync_kernels.short_attention", None)
+    assert "Triton cannot be imported" in available_backends("cuda", torch.float16, CIFAR10)["triton"]
 
 
 def test_a_missing_or_broken_package_is_the_reason(monkeypatch):
@@ -251,12 +272,13 @@ def test_a_missing_or_broken_package_is_the_reason(monkeypatch):
 
 def test_unknown_and_unavailable_backends_are_named_errors():
     (q, k, v), _ = draw((1, 1, 4, 8))
-    words = "'flash' is none of auto, cudnn, fa4, fa3, fa2, sdpa, efficient, reference"
+    words = "'flash' is none of auto, cudnn, fa4, fa3, fa2, sdpa, efficient, triton, reference"
     with pytest.raises(BackendUnavailable, match=words):
         attention(q, k, v, "flash")
     with pytest.raises(BackendUnavailable, match=words):
         resolve_backend("flash", "cpu", torch.float32, (1, 1, 4, 8))
-    words = "cudnn cannot be used: needs a CUDA device, not cpu; available: sdpa, reference"
+    usable = "sdpa, triton, reference" if _common.INTERPRET else "sdpa, reference"
+    words = f"cudnn cannot be used: needs a CUDA device, not cpu; available: {usable}"
     with pytest.raises(BackendUnavailable, match=words):
         attention(q.cpu(), k.cpu(), v.cpu(), "cudnn")
     with pytest.raises(ValueError, match=r"shape must be \[B, heads, N, Dh\]"):
