@@ -73,8 +73,8 @@ def run(bench: Bench, plans: tuple = PLANS) -> None:
             calls[name] = lambda work=work, schedule=schedule: work.step(schedule)
         if not calls:
             continue
-        # several variants hold several optimizers' states, and a replay allocates nothing: their peaks would mean nothing
-        # (see the subject memory)
+        # several variants hold several optimizers' states, a replay allocates nothing: such peaks mean nothing (see the
+        # subject memory)
         alone = len(calls) == 1 and not any("graph" in name for name in calls)
         memory = {name: peak_gib(bench, call) if alone else None for name, call in calls.items()}
         # two variants' activations do not fit side by side: the first steps of a turn pay for memory, and are not timed
