@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "reference")
 _HALF = (torch.float16, torch.bfloat16)
+_OFF_HALF, _OFF = 0.02, 1e-3  # further than this from the formula a backend is wrong; rounding is a tenth of it
 _log = logging.getLogger(__name__)
 _choices: dict[tuple[Any, ...], str] = {}
 
@@ -244,8 +245,23 @@ def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool)
     return statistics.median(times)
 
 
+def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:
+    """Largest relative distance (L2) of the output, and of the gradients, from the formula's on the first samples."""
+    results = []
+    for name in (backend, "reference"):
+        leaves = [part[:2].detach().requires_grad_(gradient) for part in (q, k, v)]
+        with torch.enable_grad() if gradient else torch.no_grad():
+            out = _RUN[name](*leaves)
+            results.append([out, *(torch.autograd.grad(out, leaves, leaves[2].detach()) if gradient else ())])
+    pairs = [(found.float(), exact.float()) for found, exact in zip(*results, strict=True)]
+    return max(float((found - exact).norm() / exact.norm().clamp(min=1e-30)) for found, exact in pairs)
+
+
 def _measure(candidates: list[str], device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], gradient: bool):
-    """Milliseconds of each candidate on tensors laid out as the model's: packed in memory order B, N, 3, heads, Dh."""
+    """Milliseconds of each candidate on tensors laid out as the model's: packed in memory order B, N, 3, heads, Dh.
+
+    A candidate that fails here, or whose results are not the formula's, is left out with a warning.
+    """
     batch, heads, tokens, width = shape
     timings: dict[str, float] = {}
     with torch.cuda.device(device):
@@ -256,6 +272,9 @@ def _measure(candidates: list[str], device: torch.device, dtype: torch.dtype, sh
             part.requires_grad_(gradient)
         for backend in candidates:
             try:
+                error = _error(backend, q, k, v, gradient)
+                if not error <= (_OFF_HALF if dtype in _HALF else _OFF):  # NaN too
+                    raise ArithmeticError(f"off by {error:.2g}")
                 timings[backend] = _milliseconds(backend, q, k, v, gradient)
             except Exception as error:  # a backend that fails at run time is not a candidate, and says so
                 _log.warning("attention: %s left out, it failed on %s %s: %s", backend, list(shape), dtype, error)

@@ -200,10 +200,24 @@ def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, c
             raise RuntimeError("no kernel image")
         return {"cudnn": 2.0, "sdpa": 1.0}[backend]
 
+    def wrong(q, k, v):
+        return 1.01 * module._sdpa(q, k, v)
+
     monkeypatch.setattr(module, "_milliseconds", milliseconds)
-    times = module._measure(["cudnn", "fa4", "sdpa"], torch.device("cpu"), torch.float32, (2, 3, 4, 8), True)
+    stand_ins = {
+        "cudnn": module._sdpa,
+        "fa4": module._sdpa,
+        "fa3": wrong,
+        "fa2": lambda q, k, v: (q + k + v) * torch.nan,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setitem(module._RUN, name, stand_in)
+    names = ["cudnn", "fa4", "fa3", "fa2", "sdpa"]
+    times = module._measure(names, torch.device("cpu"), torch.float32, (2, 3, 4, 8), True)
     assert times == {"cudnn": 2.0, "sdpa": 1.0}
     assert "fa4 left out, it failed on [2, 3, 4, 8] torch.float32: no kernel image" in caplog.text
+    assert "fa3 left out, it failed on [2, 3, 4, 8] torch.float32: off by 0.01" in caplog.text
+    assert "fa2 left out, it failed on [2, 3, 4, 8] torch.float32: off by nan" in caplog.text
 
 
 @pytest.mark.gpu
