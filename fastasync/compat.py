@@ -58,7 +58,7 @@ def shorten_compiler_messages() -> None:
 
     Before its first use of an operator without a lowering, Inductor describes the arguments for a log message, whether
     or not anybody logs it.  The description repeats every expression that an argument is computed from, as often as it
-    is used: for the backward pass of a whole network it does not end (seen on an H200 with torch 2.11: 17 minutes).
+    is used: for the backward pass of a whole network that takes longer than anybody waits (seen with torch 2.11).
     Here arguments are named by their type.  2.13 describes them only when the message is shown.
     """
     if tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13):

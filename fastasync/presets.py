@@ -33,7 +33,7 @@ _CIFAR10: dict[str, dict[str, Any]] = {
     "schedule": dict(baselines=["synchronous", "offset:0.3"]),
     "model": dict(depth=8, width=256, heads=8, mlp_multiple=64, classes=10),
     "train": dict(steps=10000, batch=256, lr=4e-4, warmup=500, ema=0.999, clip=1.0, checkpoint_every=2000),
-    # 1 % of this run would be 530 steps, after which a probe still generates noise
+    # 1 % of this run would be 500 steps, after which a probe still generates noise
     "probe": dict(depth=4, width=128, heads=4, batch=256, lr=1e-3, budget=0.1),
     "sample": dict(count=50000, batch=2500, integrator="heun_euler", steps=[9, 25]),
     "evaluate": dict(features="inception", metrics=["fid", "kid"]),

@@ -248,7 +248,7 @@ def _fingerprint(config: Config, latents: Latents, planned_flops: float) -> str:
     """Of everything that the trained probe depends on."""
     z, y = latents.batch(torch.arange(min(len(latents), 64)))
     sections = (replace(config.representations, decoder=""), config.probe)
-    model = (config.model.classes, config.model.patch, config.model.label_dropout)
+    model = (config.model.classes, config.model.patch, config.model.mlp_multiple, config.model.label_dropout)
     facts = [asdict(section) for section in sections]
     density, flip = config.objective.density, config.data.flip
     return digest_tensors({"z": z, "y": y}, facts, model, density, flip, len(latents), planned_flops)[:16]

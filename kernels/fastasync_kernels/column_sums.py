@@ -1,7 +1,7 @@
 """Sums over rows, ``out[g] = sum over r of x[g, r]``: the last stage of reductions whose first left partial sums.
 
-A few hundred rows of float32, always added in the same order.  torch's own reduction of so few numbers is one block of
-threads wide and takes 8 to 20 microseconds, two for every half-block of a network; here every 16 columns are a program.
+A few hundred rows of float32, always added in the same order.  torch's own reduction of so few numbers is a block of
+threads wide and took 7 to 11 microseconds on an H200 (bench/NOTES.md); here every 16 columns are a program.
 """
 
 from __future__ import annotations

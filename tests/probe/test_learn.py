@@ -147,8 +147,9 @@ def test_states_of_a_training_are_rare_and_checked(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             learned(config, out_dir=tmp_path)
     (state,) = tmp_path.glob("training-*")
-    with pytest.raises(UserError, match="another configuration"):
-        learned(tiny_config(estimator="B", seed=9), out_dir=tmp_path)
+    for other in (tiny_config(estimator="B", seed=9), config_from_dict({"model": dict(mlp_multiple=64)}, config)):
+        with pytest.raises(UserError, match="another configuration"):
+            learned(other, out_dir=tmp_path, planned_flops=planned(config))
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"training\.json: the probe's training then starts again"):
         learned(config, out_dir=tmp_path)
