@@ -105,15 +105,21 @@ def latents(config: Config, device: torch.device, sets: int = 4) -> list[tuple[T
     return made
 
 
+def _dtypes(engine: PlainEngine) -> list[torch.dtype]:
+    return [p.dtype for p in engine.model.parameters()]
+
+
 def make_work(
     config: Config,
     device: torch.device,
     data: Sequence[tuple[Tensor, Tensor, Tensor | None]],
     like: Sequence[Work] = (),
 ) -> Work:
-    """A variant's step.  ``like``: share these variants' parameters, and the optimizer of one of the same kind."""
+    """A variant's step.  ``like``: share the parameters of one of these variants that keeps them in the same dtypes,
+    and the optimizer of one of the same kind."""
     torch.manual_seed(0)
     engine = PlainEngine(build_model(config), config, device)
+    like = [work for work in like if _dtypes(work.engine) == _dtypes(engine)]
     if like:
         share_parameters(engine.model, like[0].engine.model)
         alike = [work.engine.optimizer for work in like if type(work.engine.optimizer) is type(engine.optimizer)]

@@ -227,14 +227,18 @@ def explained_loss(last_good: Callable[[], Path | None] = lambda: None) -> Itera
         lost = isinstance(error, distributed.DistError) or any(part in text.lower() for part in _LOST)
         if not lost or session().world == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        session().lost = True
-        good = last_good()
-        kept = f"the last good checkpoint is {good}" if good else "nothing was saved yet"
-        raise RankLost(
-            f"rank {session().rank}",
-            "another process of this run ended or does not answer",
-            f"{kept}; start again to continue ({text[:120]})",
-        ) from None
+        raise rank_lost(last_good(), text) from None
+
+
+def rank_lost(last_good: Path | None, text: str) -> RankLost:
+    """The error of a rank whose collective failed with ``text``, or does not end."""
+    session().lost = True
+    kept = f"the last good checkpoint is {last_good}" if last_good else "nothing was saved yet"
+    return RankLost(
+        f"rank {session().rank}",
+        "another process of this run ended or does not answer",
+        f"{kept}; start again to continue ({text[:120]})",
+    )
 
 
 def quiet_elsewhere(say: Callable[[str], None]) -> Callable[[str], None]:

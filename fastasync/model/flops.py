@@ -75,7 +75,8 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """Estimated memory of training on one device: float32 weights, gradients, two AdamW moments and EMA, activations.
 
-    ``precision`` is ``fp32``, ``bf16`` or ``fp8``; the latter two add a bf16 copy of the weights.
+    ``precision`` is ``fp32``, ``bf16`` or ``fp8``; the latter two add a bf16 copy of the weights.  (Where that copy is
+    what is trained, its gradients are bf16 too, and 2 bytes a parameter less are needed than said here.)
     """
     count = parameter_count(model)
     copy = 0 if precision == "fp32" else 2 * count

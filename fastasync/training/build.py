@@ -16,9 +16,10 @@ from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError, require
 from fastasync.model import SIZES, LightningDiT, memory_estimate
+from fastasync.model.dit import Linear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
-from fastasync.optim import build_optimizer
+from fastasync.optim import build_optimizer, library
 
 _log = logging.getLogger(__name__)
 # rows have scales; weight gradients stay in bf16: scaling columns too costs more time than their fp8 products save
@@ -132,6 +133,30 @@ def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
     float8.convert_to_float8_training(
         model, config=dataclasses.replace(recipe, **changes), module_filter_fn=lambda _, name: name in fit
     )
+
+
+def use_working_weights(model: LightningDiT, config: Config, device: torch.device) -> list[torch.Tensor] | None:
+    """Keep in bf16 what autocast would cast to bf16 in every step; returns all float32 weights, for the optimizer.
+
+    Only where the compiled AdamW updates them, which writes the bf16 weights in its one pass over the float32 ones: the
+    same numbers without the casts, of the weights and back of their gradients.  Changes nothing and returns None
+    elsewhere: without autocast; where gradients of several parts are summed, for which bf16 is too coarse; and with
+    fp8, which casts from float32.
+    """
+    train = config.train
+    dtype = choose_autocast(train.precision, device)
+    compiled = train.optimizer in ("auto", "fused") and library.load(device.type) is not None
+    if dtype is None or not compiled or train.accumulate > 1 or train.precision == "fp8":
+        return None
+    masters = [p.detach() for p in model.parameters()]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            # the gradients of the others' biases are summed in float32 by our kernels
+            ours = [module.weight] if isinstance(module, Linear) else [module.weight, module.bias]
+            for p in ours:
+                if p is not None and p.requires_grad:
+                    p.data = p.data.to(dtype)
+    return masters
 
 
 def build_objective(config: Config) -> Objective:

@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from fastasync.compat import shorten_compiler_messages
 from fastasync.config import Config
@@ -17,7 +16,7 @@ from fastasync.distributed import Session, session
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, train_flops
 from fastasync.optim import EmaInterface, build_optimizer, ema_parameters
-from fastasync.training.build import choose_autocast, prepare_model
+from fastasync.training.build import choose_autocast, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, load_tensors, save_tensors
 from fastasync.training.graph import GraphedStep, Part, wants_graph
 
@@ -109,7 +108,7 @@ def clipped_step(optimizer: EmaInterface, clip: float, limit: Tensor | None) -> 
     if limit is None:
         return optimizer.clip_and_step(clip or None)
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = get_total_norm(grads)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
     first = grads[0][(0,) * grads[0].dim()]
     first.add_(torch.zeros_like(first).masked_fill_((norm > limit).to(first.device), torch.nan))
     optimizer.clip_and_step(clip or None)
@@ -138,6 +137,8 @@ class PlainEngine:
         train = config.train
         self.device, self._train = device, train
         self.model = prepare_model(model, config, device, train.batch // train.accumulate).train()
+        self.autocast = choose_autocast(train.precision, device)
+        masters = use_working_weights(self.model, config, device)
         self.optimizer = build_optimizer(
             self.model.parameters(),
             impl=train.optimizer,
@@ -146,7 +147,8 @@ class PlainEngine:
             weight_decay=train.weight_decay,
             ema_decay=train.ema,
         )
-        self.autocast = choose_autocast(train.precision, device)
+        if masters is not None:
+            self.optimizer.init_state(masters)  # type: ignore[attr-defined]
         compile_in_place(self.model, train.compile)
         step_flops = train_flops(self.model) * train.batch
         self._graphed: GraphedStep | None = None
@@ -196,17 +198,22 @@ class PlainEngine:
     def from_main(self, compute: Callable[[], T]) -> T:
         return compute()
 
+    def _weights(self) -> dict[str, Tensor]:
+        """The state dict with the float32 weights that the optimizer keeps for bf16 ones."""
+        kept = {name: self.optimizer.state.get(p, {}).get("master") for name, p in self.model.named_parameters()}
+        return {**self.model.state_dict(), **{name: value for name, value in kept.items() if value is not None}}
+
     def _ema(self) -> dict[str, Tensor]:
         return {**self.model.state_dict(), **ema_parameters(self.optimizer, self.model)}
 
     def _moments(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The optimizer's state without the EMA, as (tensors named ``parameter/entry``, JSON values)."""
+        """The optimizer's state without EMA and weights, as (tensors named ``parameter/entry``, JSON values)."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         order = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
         tensors, numbers = {}, {}
         for index, entries in self.optimizer.state_dict()["state"].items():
             for entry, value in entries.items():
-                if entry == "ema":
+                if entry in ("ema", "master"):
                     continue
                 if isinstance(value, Tensor):
                     tensors[f"{order[index]}/{entry}"] = value
@@ -215,7 +222,7 @@ class PlainEngine:
         return tensors, numbers
 
     def first_nonfinite(self) -> str | None:
-        groups = {"weight": self.model.state_dict(), "average of": self._ema(), "moment": self._moments()[0]}
+        groups = {"weight": self._weights(), "average of": self._ema(), "moment": self._moments()[0]}
         for kind, tensors in groups.items():
             # one wait for each group, not for each tensor
             finite = torch.stack(
@@ -228,19 +235,24 @@ class PlainEngine:
 
     def save(self, directory: Path) -> None:
         tensors, numbers = self._moments()
-        save_tensors(directory / MODEL, self.model.state_dict())
+        save_tensors(directory / MODEL, self._weights())
         save_tensors(directory / EMA, self._ema())
         save_tensors(directory / OPTIMIZER, tensors)
         (directory / OPTIMIZER_NUMBERS).write_text(json.dumps(numbers))
 
     def load(self, directory: Path) -> None:
-        self.model.load_state_dict(load_tensors(directory / MODEL))
+        weights = load_tensors(directory / MODEL)
+        self.model.load_state_dict(weights)
         averages = load_tensors(directory / EMA)
         entries: dict[str, dict[str, Any]] = {}
         saved = {**load_tensors(directory / OPTIMIZER), **json.loads((directory / OPTIMIZER_NUMBERS).read_text())}
         for key, value in saved.items():
             name, _, entry = key.rpartition("/")
             entries.setdefault(name, {})[entry] = value
+        for name, p in self.model.named_parameters():
+            if p.dtype != weights[name].dtype:  # a working weight, which needs its float32 one from the first update on
+                zeros = {entry: torch.zeros_like(weights[name]) for entry in ("exp_avg", "exp_avg_sq")}
+                entries[name] = {"step": torch.zeros(()), **zeros, **entries.get(name, {}), "master": weights[name]}
         for name in entries:
             entries[name]["ema"] = averages[name]
         groups = self.optimizer.state_dict()["param_groups"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,9 @@ from typing import Any
 from fastasync.distributed import last_words
 from fastasync.errors import UserError
 
+_SLOW_FILES = ("checkpoint.py", "files.py")  # where one call may take as long as a disk does
 _ECHO = 3.0  # seconds within which a launcher repeats a signal
+STUCK = 20.0  # seconds without taking a signal after which a rank hangs: launchers kill after 30
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again", what a launcher should restart
 
 
@@ -35,27 +38,61 @@ class StopSignal:
 
     ``launched``: launchers pass a signal on to processes that the terminal has sent it to already, and deepspeed sends
     two different ones: then only a second SIGINT, seconds later, stops at once.  A rank that leaves with an error has
-    ``last_words``.
+    ``last_words``.  One that waits in a collective for a rank that is gone may never see an error, nor Python the
+    signal: when the main thread takes none for ``STUCK`` seconds after it, ``stuck()`` is called, from a thread that
+    then ends the process with code 75.
     """
 
-    def __init__(self, launched: bool = False) -> None:
+    def __init__(self, launched: bool = False, stuck: Callable[[], None] | None = None) -> None:
         self.received: int | None = None
-        self._launched, self._when = launched, 0.0
+        self._launched, self._stuck, self._when = launched, stuck, 0.0
         self._previous: dict[int, Any] = {}
+        self._woken: tuple[int, int] | None = None  # what the wake-up descriptor was, and the end we gave it
+        self._left, self._moved = threading.Event(), 0.0
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._remember)
+            if self._launched and self._stuck is not None:
+                reading, writing = os.pipe()
+                os.set_blocking(writing, False)
+                self._woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), writing
+                arguments = (reading, threading.get_ident(), self._stuck)
+                threading.Thread(target=self._watch, args=arguments, name="signals", daemon=True).start()
         return self
 
+    def _watch(self, reading: int, main: int, stuck: Callable[[], None]) -> None:
+        """Wait for SIGTERM; repeat it from then on, to see whether the main thread still takes signals."""
+        while received := os.read(reading, 64):
+            if signal.SIGTERM in received:
+                break
+        self._moved = time.monotonic()
+        while received and not self._left.wait(STUCK / 8) and signal.getsignal(signal.SIGTERM) == self._remember:
+            frame = sys._current_frames()[main]
+            if frame.f_code.co_filename.endswith(_SLOW_FILES):
+                self._moved = time.monotonic()
+                continue
+            if time.monotonic() - self._moved > STUCK:
+                stuck()
+                os._exit(EXIT_CODE)
+            signal.pthread_kill(main, signal.SIGTERM)
+        os.close(reading)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._left.set()
+        if self._woken is not None:
+            previous, writing = self._woken
+            signal.set_wakeup_fd(previous)
+            os.close(writing)  # ends the thread that reads it
+            self._woken = None
         if self._launched and kind is not None and self._previous:
             last_words()
             del self._previous[signal.SIGTERM]
         self._restore()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._moved = time.monotonic()
         if self.received is None:
             self.received, self._when = number, time.monotonic()
             if not self._launched:

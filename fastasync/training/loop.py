@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, flips_by_step, training_calls
-from fastasync.distributed import explained_loss, session
+from fastasync.distributed import explained_loss, rank_lost, session
 from fastasync.errors import UserError
 from fastasync.model import train_flops
 from fastasync.schedule import Schedule
@@ -96,8 +96,15 @@ def train(
     last_good: Path | None = None
     step = 0
     with ExitStack() as stack:
-        # a rank that is lost while all save leaves a checkpoint of this step that nobody has told of
-        stack.enter_context(explained_loss(lambda: checkpoint.saved_at(root, step) or last_good))
+
+        def newest() -> Path | None:
+            """A rank that is lost while all save leaves a checkpoint of this step that nobody has told of."""
+            return checkpoint.saved_at(root, step) or last_good
+
+        def stuck() -> None:
+            print(f"fastasync: error: {rank_lost(newest(), 'told to stop, in one call since')}", file=sys.stderr)
+
+        stack.enter_context(explained_loss(newest))
         if device.type == "cuda":  # TF32 where autocast leaves float32; sampling after it must not depend on it
             stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")
@@ -138,7 +145,7 @@ def train(
         bar = stack.enter_context(
             tqdm(total=settings.steps, initial=step, unit="step", disable=hidden, mininterval=1.0)
         )
-        stop = stack.enter_context(StopSignal(launched=engine.world > 1))
+        stop = stack.enter_context(StopSignal(engine.world > 1, stuck))
         watchdog = stack.enter_context(Watchdog(settings.stall_minutes, show, engine.rank))
         places = [(where, where.to(device)) for where in engine.positions()]
         flops, peak = train_flops(engine.model), peak_flops(device)

@@ -215,7 +215,7 @@ FAILING = """
 import os, signal, sys, time
 from fastasync import distributed
 from fastasync.training.interrupt import StopSignal
-distributed._LAST_WORDS = 2
+distributed._LAST_WORDS = 5
 try:
     with StopSignal(launched=sys.argv[1] == "launched"):
         raise RuntimeError("another rank is gone")
@@ -238,3 +238,29 @@ def test_a_failing_rank_says_why_though_its_launcher_ends_it(kind, seconds, code
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert ("last words" in done.stdout) is heard
+
+
+STUCK = """
+import ctypes, os, signal, sys, time
+from fastasync.training import interrupt
+interrupt.STUCK = 2.0
+with interrupt.StopSignal(True, lambda: print("stuck", flush=True)) as stop:
+    print("ready", flush=True)
+    end = time.monotonic() + 6
+    if sys.argv[1] == "collective":  # a call that no signal ends, as gloo's and NCCL's are
+        lock = ctypes.create_string_buffer(256)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
+    while time.monotonic() < end:  # and a wait for another rank that polls
+        time.sleep(0.05)
+print("stopped" if stop.received else "heard nothing", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("where", "said", "code"), [("collective", "stuck", 75), ("polling", "stopped", 0)])
+def test_a_rank_that_hangs_in_a_call_after_a_signal_ends_with_a_line(where, said, code, started):
+    with started([sys.executable, "-c", STUCK, where]) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert (output, process.returncode) == (f"{said}\n", code)
