@@ -253,7 +253,7 @@ def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> flo
         with torch.enable_grad() if gradient else torch.no_grad():
             out = _RUN[name](*leaves)
             results.append([out, *(torch.autograd.grad(out, leaves, leaves[2].detach()) if gradient else ())])
-    pairs = [(found.float(), exact.float()) for found, exact in zip(*results, strict=True)]
+    pairs = [(found.detach().float(), exact.detach().float()) for found, exact in zip(*results, strict=True)]
     return max(float((found - exact).norm() / exact.norm().clamp(min=1e-30)) for found, exact in pairs)
 
 
