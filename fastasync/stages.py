@@ -35,7 +35,7 @@ from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
 from fastasync.throughput import expected_hours
 from fastasync.training import build_model, checkpoint, load_model, train
-from fastasync.training.build import check_training, choose_autocast, choose_device, choose_ops
+from fastasync.training.build import check_training, choose_autocast, choose_device, choose_ops, round_linears
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -196,6 +196,9 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
     sample, dtype = config.sample, choose_autocast(config.train.precision, device)
 
     def autocast(network: Any) -> Any:
+        if dtype is not None:
+            round_linears(network, dtype)
+
         def call(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
                 return network(x, tau, y)

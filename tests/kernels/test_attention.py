@@ -248,8 +248,8 @@ def test_reasons_on_cpu():
         ("efficient", torch.float64, 8, 72, "does not take torch.float64"),
         ("sdpa", torch.float64, 8, 100, ""),
         ("triton", torch.float16, 128, 100, ""),
-        ("triton", torch.bfloat16, 129, 72, "needs 1 to 128 tokens, not 129"),
-        ("triton", torch.bfloat16, 0, 72, "needs 1 to 128 tokens, not 0"),
+        ("triton", torch.bfloat16, 257, 72, "needs 1 to 256 tokens, not 257"),
+        ("triton", torch.bfloat16, 0, 72, "needs 1 to 256 tokens, not 0"),
         ("triton", torch.bfloat16, 64, 136, "head dimension of 1 to 128, not 136"),
         ("triton", torch.float32, 64, 32, "needs float16 or bfloat16, not torch.float32"),
     ],
@@ -265,8 +265,8 @@ def test_triton_needs_itself_and_compute_capability_8(pretend_cuda, monkeypatch)
     assert "compute capability 8.0, not 7.x" in available_backends("cuda", torch.float16, CIFAR10)["triton"]
     monkeypatch.setattr(_common, "INTERPRET", False)
     assert available_backends("cpu", torch.float16, CIFAR10)["triton"] == "needs a CUDA device, not cpu"
-    monkeypatch.delattr(fastasync_kernels, "short_attention", raising=False)
-    monkeypatch.setitem(sys.modules, "fastasync_kernels.short_attention", None)
+    monkeypatch.delattr(fastasync_kernels, "medium_attention", raising=False)
+    monkeypatch.setitem(sys.modules, "fastasync_kernels.medium_attention", None)
     assert "Triton cannot be imported" in available_backends("cuda", torch.float16, CIFAR10)["triton"]
 
 

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastasync.optim import library
+from fastasync.presets import preset
 from fastasync.training import engine
-from fastasync.training.build import build_model, choose_device
+from fastasync.training.build import build_model, choose_device, round_linears
 
 pytestmark = pytest.mark.skipif(library.load("cpu") is None, reason="the compiled AdamW was not built (no g++)")
 
@@ -81,3 +82,18 @@ def test_what_is_a_working_weight(tiny):
     block = ["attn.k_norm.weight", "attn.proj.bias", "attn.q_norm.weight", "attn.qkv.bias", "mlp.w12.bias"]
     wanted = {f"blocks.0.{name}" for name in [*block, "norm1.weight", "norm2.weight"]}
     assert full == wanted | {"final_layer.norm_final.weight", "y_embedder.embedding_table.weight"}
+
+
+def test_rounded_for_sampling_the_results_are_autocasts():
+    config = preset("digits")
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    for p in model.parameters():  # adaLN and the output layer start at zero
+        torch.nn.init.normal_(p, std=0.02)
+    inputs = torch.randn(3, sum(model.channels), model.grid, model.grid), torch.rand(3, 2), torch.tensor([0, 1, 2])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(*inputs)
+        round_linears(model, torch.bfloat16)
+        assert {p.dtype for p in model.blocks[0].mlp.parameters()} == {torch.bfloat16}
+        assert wanted.abs().sum() > 0
+        assert torch.equal(model(*inputs), wanted)
