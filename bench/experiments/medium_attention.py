@@ -32,7 +32,7 @@ from fastasync_kernels.attention import _reference, attention
 from fastasync_kernels.medium_attention import Plan, Tile, offline_cases
 from torch import Tensor
 
-XL = (256, 16, 256, 72)
+XL: tuple[int, int, int, int] = (256, 16, 256, 72)
 FURTHEST = 0.01  # from the formula, relative (L2): rounding to bfloat16 is a third of it
 ROUNDS, CALLS, SETS = 12, 4, 2
 
@@ -129,10 +129,10 @@ def offline(every: Sequence[Variant]) -> int:
 
     bad = 0
     for variant in every:
-        is_forward = isinstance(variant.timed, Tile)
-        plans = {"forward": variant.timed} if is_forward else {"plan": variant.timed}
+        timed = variant.timed
+        forward, plan = (timed, None) if isinstance(timed, Tile) else (None, timed)
         try:
-            (case,) = offline_cases("*bf16", *XL[1:], **plans)
+            (case,) = offline_cases("*bf16", *XL[1:], forward, plan)
             built = compile_case(case)
             found = resources(built)
         except Exception as error:  # the compiler's, of many types
@@ -204,9 +204,9 @@ def check(variant: Variant, small: Inputs, truth: list[Tensor], large: Inputs) -
 def cudnn(gradient: bool) -> Callable[[Inputs], Any]:
     def run(x: Inputs) -> Any:
         with torch.set_grad_enabled(gradient):
-            leaves = [t.detach().requires_grad_(gradient) for t in x[:3]]
-            out = attention(*leaves, "cudnn")
-            return torch.autograd.grad(out, leaves, x.dout) if gradient else out
+            q, k, v = (t.detach().requires_grad_(gradient) for t in x[:3])
+            out = attention(q, k, v, "cudnn")
+            return torch.autograd.grad(out, (q, k, v), x.dout) if gradient else out
 
     return run
 
@@ -304,7 +304,7 @@ def measure(every: Sequence[Variant], shape: tuple[int, ...], device: torch.devi
                 f"FAILED {variant.name}: {type(problem).__name__}: {' '.join(str(problem).split())[:200]}", flush=True
             )
             return
-        group = "forward" if variant.checked is None else variant.timed.kind
+        group = variant.timed.kind if isinstance(variant.timed, Plan) else "forward"
         table.append((group, ms, variant))
         beside = ""
         if theirs:
@@ -317,9 +317,10 @@ def measure(every: Sequence[Variant], shape: tuple[int, ...], device: torch.devi
     found = {group: min((row for row in table if row[0] == group), key=lambda row: row[1]) for group, _, _ in table}
     seconds += 10  # for what all the others were timed for
     for part in ("queries", "exact"):
-        if part in found and "keys" in found:
-            plan = Plan("two", found["keys"][2].timed.second, found[part][2].timed.second)
-            one(Variant(f"two: {named(part, plan.first)} + {named('keys', plan.second)}", plan, plan))
+        first, second = (found[name][2].timed if name in found else None for name in (part, "keys"))
+        if isinstance(first, Plan) and isinstance(second, Plan):
+            plan = Plan("two", second.second, first.second)
+            one(Variant(f"two: {named(part, first.second)} + {named('keys', second.second)}", plan, plan))
     print("\nfastest first:")
     order = ("forward", "queries", "exact", "keys")  # parts; then whole backwards
     for group, ms, variant in sorted(
@@ -345,8 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.experiments.medium_attention: error: no CUDA device; --offline needs none", file=sys.stderr)
         return 2
-    with torch.no_grad():
-        failed = measure(every, (options.batch, *XL[1:]), torch.device("cuda"), options.seconds)
+    failed = measure(every, (options.batch, *XL[1:]), torch.device("cuda"), options.seconds)
     return 1 if failed == len(every) else 0
 
 

@@ -72,8 +72,8 @@ class Plan(NamedTuple):
     first: Tile | None = None
 
 
-FORWARD = Tile(128, 64, 8, 2)
-BACKWARD = Plan("two", Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+FORWARD = Tile(64, 64, 4, 2)
+BACKWARD = Plan("two", Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
 
 
 @triton.jit

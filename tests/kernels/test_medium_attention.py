@@ -1,0 +1,259 @@
+"""Attention of up to 256 tokens: every division into programs against the formula and fp64, any memory order."""
+
+import pytest
+import torch
+from fastasync_kernels import medium_attention as module
+from fastasync_kernels.attention import _reference
+from fastasync_kernels.medium_attention import Plan, Tile, medium_attention
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# compiled, float32's products are for tests of small shapes: big ones do not fit
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)] + [torch.float32] * (not CUDA)
+NAMES = ["out", "dq", "dk", "dv"]
+SHAPES = [
+    *[(1, 1, 256, 72), (1, 1, 200, 72), (2, 1, 130, 32), (1, 1, 256, 64), (1, 1, 129, 100), (2, 2, 17, 72)],
+    *[(1, 1, 65, width) for width in (1, 20, 33, 128)],
+]
+FORWARDS = {
+    "default": module.FORWARD,
+    "64x32": Tile(64, 32, 4, 2),
+    "blocks": Tile(64, 64, 4, 2, blocks=2),
+    "whole": Tile(64, 256, 4, 1),
+    "whole, blocks": Tile(64, 256, 4, 2, blocks=4),
+}
+BACKWARDS = {
+    "default": module.BACKWARD,
+    "two, 32x64": Plan("two", Tile(32, 64, 4, 2), Tile(64, 32, 4, 2, blocks=2)),
+    "two, 64x128": Plan("two", Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    "exact": Plan("two", Tile(64, 64, 4, 2), Tile(64, 256, 8, 1, exact=True)),
+    "both": Plan("both", Tile(64, 128, 8, 2)),
+    "both, 64": Plan("both", Tile(64, 64, 4, 2)),
+    "fused": Plan("fused", Tile(64, 128, 8, 2)),
+    "fused, 64": Plan("fused", Tile(64, 64, 8, 2, each=0)),
+}
+WHOLE = [name for name in BACKWARDS if name != "default"]
+
+
+def draw(shape, dtype=torch.float32, seed=0, scale=1.0):
+    """q, k in memory order B, N, heads, Dh and v a slice of a packed tensor, as qknorm_rope returns them; dout."""
+    batch, heads, tokens, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    packed = scale * torch.randn(batch, tokens, 3, heads, width, generator=generator)
+    q, k, v = (part.transpose(1, 2) for part in packed.to(DEVICE, dtype).unbind(2))
+    upstream = torch.randn(batch, tokens, heads, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    return (q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v), upstream
+
+
+def run(function, tensors, upstream, dtype=None):
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def same_precision(q, k, v):
+    """The formula with every step in the tensors' own dtype."""
+    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def all_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def judge(tensors, upstream, no_worse):
+    truth = run(_reference, tensors, upstream, torch.float64)
+    no_worse(run(medium_attention, tensors, upstream), run(same_precision, tensors, upstream), truth, NAMES)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    def choose(forward="default", backward="default"):
+        monkeypatch.setattr(module, "FORWARD", FORWARDS[forward])
+        monkeypatch.setattr(module, "BACKWARD", BACKWARDS[backward])
+
+    return choose
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_no_worse_than_twice_the_reference(shape, dtype, no_worse):
+    judge(*draw(shape, dtype), no_worse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 256, 72), (1, 3, 65, 20)])
+@pytest.mark.parametrize("backward", WHOLE)
+def test_every_backward(backward, shape, dtype, no_worse, chosen):
+    chosen(backward=backward)
+    judge(*draw(shape, dtype, seed=1), no_worse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 256, 72), (1, 1, 80, 20)])
+@pytest.mark.parametrize("forward", [name for name in FORWARDS if name != "default"])
+def test_every_forward(forward, shape, dtype, no_worse, chosen):
+    """Its maximum and sum of each row as well: the backward has them."""
+    chosen(forward, "fused")
+    judge(*draw(shape, dtype, seed=2), no_worse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backward", ["default", "exact", "fused"])
+def test_sharp_softmax(backward, dtype, no_worse, chosen):
+    """Scores of hundreds: no overflow, in rows and columns that exist or not."""
+    chosen(backward=backward)
+    judge(*draw((1, 1, 80, 24), dtype, seed=3, scale=6.0), no_worse)
+
+
+@pytest.mark.skipif(CUDA, reason="float32")
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_scores_far_below_zero(backward, no_worse, chosen):
+    """Where a padded key's score of zero would be the largest by far: no infinity, no NaN."""
+    chosen(backward=backward)
+    (q, k, v), upstream = draw((1, 1, 70, 8), seed=4)
+    tensors = (40 + q, -40 + k, v)
+    truth = run(_reference, tensors, upstream, torch.float64)
+    results = run(medium_attention, tensors, upstream)
+    reference = run(same_precision, tensors, upstream)
+    # dq is a sum of keys around -40 with coefficients that cancel: what remains is D's rounding, where D is its own sum
+    kept = range(4) if backward == "exact" else (0, 2, 3)
+    no_worse(*([group[i] for i in kept] for group in (results, reference, truth)), [NAMES[i] for i in kept])
+    assert float((results[1].double() - truth[1]).norm()) <= 1e-3 * float(truth[1].norm())
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_one_token_attends_to_itself(backward, chosen):
+    chosen(backward=backward)
+    tensors, upstream = draw((2, 2, 1, 8), torch.float16)
+    out, dq, dk, dv = run(medium_attention, tensors, upstream)
+    torch.testing.assert_close(out, tensors[2])
+    torch.testing.assert_close(dv, upstream)
+    assert max(dq.abs().max(), dk.abs().max()) <= 1e-5  # the true gradient is zero
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (3, 0, 5, 8)])
+def test_empty_launches_nothing(shape):
+    tensors, upstream = draw(shape)
+    assert [t.shape for t in run(medium_attention, tensors, upstream)] == [shape] * 4
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_one_sample_of_many_alone_and_the_same_bits_every_time(backward, chosen):
+    """More heads than "fused" has programs, so that these take several in turn."""
+    chosen(backward=backward)
+    tensors, upstream = draw((3, 1, 66, 16), torch.float16, seed=5)
+    whole = run(medium_attention, tensors, upstream)
+    assert all_equal(whole, run(medium_attention, tensors, upstream))
+    one = slice(2, 3)
+    alone = run(medium_attention, [t[one] for t in tensors], upstream[one])
+    assert all_equal(alone, [t[one] for t in whole])
+
+
+def orders(t):
+    """The same values in other memory orders with a contiguous last axis."""
+    batch, heads, tokens, width = t.shape
+    yield t.contiguous()
+    yield t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # N, B, heads, Dh
+    wide = t.new_full((batch, heads, tokens + 2, width + 3), torch.nan)
+    wide[:, :, 1:-1, 2:-1] = t
+    yield wide[:, :, 1:-1, 2:-1]
+
+
+@pytest.mark.parametrize("backward", ["default", "fused"])
+def test_the_memory_order_of_inputs_and_gradients_does_not_matter(backward, chosen):
+    chosen(backward=backward)
+    tensors, upstream = draw((2, 3, 21, 20), torch.float16, seed=6)
+    first = run(medium_attention, tensors, upstream)
+    for same in zip(*map(orders, (*tensors, upstream))):
+        leaves = [t.detach().requires_grad_() for t in same[:3]]
+        out = medium_attention(*leaves)
+        assert all_equal([out, *torch.autograd.grad(out, leaves, same[3])], first)
+    packed = torch.stack(tensors, 0).permute(1, 3, 0, 2, 4).contiguous()  # B, N, 3, heads, Dh
+    q, k, v = (part.transpose(1, 2).detach().requires_grad_() for part in packed.unbind(2))
+    out = medium_attention(q, k, v)
+    assert all_equal([out, *torch.autograd.grad(out, (q, k, v), upstream)], first)
+
+
+def test_gradients_without_a_layout():
+    """Broadcast over everything (a sum's), over the batch, or with another last axis."""
+    tensors, upstream = draw((2, 2, 7, 8), torch.float16, seed=7)
+    one = torch.ones((), device=DEVICE, dtype=torch.float16).expand(upstream.shape)
+    swapped = upstream.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for gradient in (one, upstream[:1].expand(upstream.shape), swapped):
+        expected = run(medium_attention, tensors, gradient.contiguous())
+        assert all_equal(run(medium_attention, tensors, gradient), expected)
+
+
+def test_output_and_gradients_lie_in_memory_as_the_projection_reads_them():
+    tensors, upstream = draw((2, 3, 17, 8), torch.float16, seed=8)
+    for result in run(medium_attention, tensors, upstream):
+        assert result.transpose(1, 2).is_contiguous()
+    out = medium_attention(*tensors)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+
+
+def test_only_one_gradient_is_asked_for():
+    (q, k, v), upstream = draw((1, 2, 6, 8), torch.float16, seed=11)
+    leaf = k.detach().requires_grad_()
+    (dk,) = torch.autograd.grad(medium_attention(q, leaf, v), leaf, upstream)
+    assert torch.equal(dk, run(medium_attention, (q, k, v), upstream)[2])
+
+
+def test_compiled_whole_equals_eager():
+    tensors, upstream = draw((2, 2, 20, 8), torch.float16, seed=12)
+    function = lambda q, k, v: medium_attention(2 * q, k, v).transpose(1, 2).flatten(2)  # noqa: E731
+    upstream = upstream.transpose(1, 2).flatten(2)
+    expected = run(function, tensors, upstream)
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    assert all_equal(run(compiled, tensors, upstream), expected)
+    with torch.no_grad():
+        assert torch.equal(compiled(*tensors), expected[0])
+
+
+def test_columns():
+    """Two tiles where these have fewer columns than the next power of two."""
+    expected = {1: (16, 0), 16: (16, 0), 20: (32, 0), 33: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)}
+    expected |= {96: (64, 32), 97: (128, 0), 128: (128, 0)}
+    assert {width: module._columns(width) for width in expected} == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(256, 16, 256, 72), (16, 16, 200, 72), (8, 4, 256, 64), (16, 8, 144, 32)])
+def test_shapes_of_networks(shape, dtype, no_worse):
+    tensors, upstream = draw(shape, dtype, seed=14)
+    results = run(medium_attention, tensors, upstream)
+    assert all_equal(results, run(medium_attention, tensors, upstream))
+    few = slice(-4, None)
+    part, upstream = [t[few] for t in tensors], upstream[few]
+    truth = run(_reference, part, upstream, torch.float64)
+    no_worse([t[few] for t in results], run(same_precision, part, upstream), truth, NAMES)
+
+
+def test_registration_of_the_operators():
+    (q, k, v), upstream = draw((2, 2, 5, 8), torch.float16, seed=16)
+    out, rows = torch.ops.fastasync.medium_attention(q, k, v)
+    torch.library.opcheck(torch.ops.fastasync.medium_attention_backward, (upstream, q, k, v, out, rows))
+    leaves = tuple(t.detach().requires_grad_() for t in (q, k, v))
+    torch.library.opcheck(torch.ops.fastasync.medium_attention, leaves)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "error", "words"),
+    [
+        (torch.zeros(1, 2, 257, 8), None, ValueError, "needs 1 to 256 tokens, not 257"),
+        (torch.zeros(1, 2, 0, 8), None, ValueError, "needs 1 to 256 tokens, not 0"),
+        (torch.zeros(1, 2, 5, 129), None, ValueError, "head dimension of 1 to 128, not 129"),
+        (torch.zeros(1, 2, 5, 8, dtype=torch.float64), None, TypeError, "q must be .* not torch.float64"),
+        (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8).half(), TypeError, "k must be torch.float32"),
+        (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 6, 8), ValueError, r"k must have shape \[1, 2, 5, 8\]"),
+        (torch.zeros(2, 5, 8), None, ValueError, "q must have shape"),
+        (torch.zeros(1, 2, 8, 5).mT, None, ValueError, "q has stride 5 over its last axis"),
+    ],
+)
+def test_refusals(q, k, error, words):
+    q = q.to(DEVICE)
+    k = q if k is None else k.to(DEVICE)
+    with pytest.raises(error, match=words):
+        medium_attention(q, k, q)
