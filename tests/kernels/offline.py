@@ -11,7 +11,8 @@ import traceback
 
 import fastasync_kernels
 import torch
-from fastasync_kernels import short_attention
+from fastasync_kernels.medium_attention import medium_attention
+from fastasync_kernels.short_attention import short_attention
 
 from bench.offline import compile_case, resources, without_a_gpu
 
@@ -85,9 +86,10 @@ def operations(ops):
     yield "qknorm_rope", lambda: back(*ops.qknorm_rope(tensor(2, 256, 3 * width), *heads))
     packed = tensor(3 * width)
     yield "qknorm_rope, bias", lambda: back(*ops.qknorm_rope(tensor(2, 256, 3 * width), *heads, bias=packed))
-    per_head = tensor(2, 64, 3, 8, 32)  # no operation of ours by name, but a backend of attention
-    q, k, v = (part.transpose(1, 2) for part in per_head.unbind(2))
-    yield "short_attention", lambda: back(short_attention.short_attention(q, k, v))
+    # no operations of ours by name, but a backend of attention
+    for function, shape in ((short_attention, (2, 64, 3, 8, 32)), (medium_attention, (2, 256, 3, 16, 72))):
+        parts = [part.transpose(1, 2) for part in tensor(*shape).unbind(2)]
+        yield function.__name__, lambda f=function, p=parts: back(f(*p))
 
 
 def run_launches():

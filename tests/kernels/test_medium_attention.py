@@ -1,10 +1,10 @@
-"""Attention of up to 256 tokens: every division into programs against the formula and fp64, any memory order."""
+"""Attention of up to 256 tokens against the formula and fp64, with several tiles, in any memory order."""
 
 import pytest
 import torch
 from fastasync_kernels import medium_attention as module
 from fastasync_kernels.attention import _reference
-from fastasync_kernels.medium_attention import Plan, Tile, medium_attention
+from fastasync_kernels.medium_attention import Tile, medium_attention
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -15,24 +15,12 @@ SHAPES = [
     *[(1, 1, 256, 72), (1, 1, 200, 72), (2, 1, 130, 32), (1, 1, 256, 64), (1, 1, 129, 100), (2, 2, 17, 72)],
     *[(1, 1, 65, width) for width in (1, 20, 33, 128)],
 ]
-FORWARDS = {
-    "default": module.FORWARD,
-    "64x32": Tile(64, 32, 4, 2),
-    "blocks": Tile(64, 64, 4, 2, blocks=2),
-    "whole": Tile(64, 256, 4, 1),
-    "whole, blocks": Tile(64, 256, 4, 2, blocks=4),
+TILES = {  # forward, backward for queries, backward for keys
+    "default": (module.FORWARD, module.FOR_QUERIES, module.FOR_KEYS),
+    "32": (Tile(32, 32), Tile(32, 32), Tile(32, 32)),
+    "uneven": (Tile(64, 32, 4, 3), Tile(128, 64, 8, 1), Tile(64, 128, 8, 2)),
+    "whole": (Tile(64, 256), Tile(64, 256), Tile(256, 64)),
 }
-BACKWARDS = {
-    "default": module.BACKWARD,
-    "two, 32x64": Plan("two", Tile(32, 64, 4, 2), Tile(64, 32, 4, 2, blocks=2)),
-    "two, 64x128": Plan("two", Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    "exact": Plan("two", Tile(64, 64, 4, 2), Tile(64, 256, 8, 1, exact=True)),
-    "both": Plan("both", Tile(64, 128, 8, 2)),
-    "both, 64": Plan("both", Tile(64, 64, 4, 2)),
-    "fused": Plan("fused", Tile(64, 128, 8, 2)),
-    "fused, 64": Plan("fused", Tile(64, 64, 8, 2, each=0)),
-}
-WHOLE = [name for name in BACKWARDS if name != "default"]
 
 
 def draw(shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -67,9 +55,9 @@ def judge(tensors, upstream, no_worse):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    def choose(forward="default", backward="default"):
-        monkeypatch.setattr(module, "FORWARD", FORWARDS[forward])
-        monkeypatch.setattr(module, "BACKWARD", BACKWARDS[backward])
+    def choose(name):
+        for constant, tile in zip(("FORWARD", "FOR_QUERIES", "FOR_KEYS"), TILES[name], strict=True):
+            monkeypatch.setattr(module, constant, tile)
 
     return choose
 
@@ -82,48 +70,33 @@ def test_output_and_gradients_no_worse_than_twice_the_reference(shape, dtype, no
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 256, 72), (1, 3, 65, 20)])
-@pytest.mark.parametrize("backward", WHOLE)
-def test_every_backward(backward, shape, dtype, no_worse, chosen):
-    chosen(backward=backward)
+@pytest.mark.parametrize("tiles", [name for name in TILES if name != "default"])
+def test_other_tiles(tiles, shape, dtype, no_worse, chosen):
+    chosen(tiles)
     judge(*draw(shape, dtype, seed=1), no_worse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 256, 72), (1, 1, 80, 20)])
-@pytest.mark.parametrize("forward", [name for name in FORWARDS if name != "default"])
-def test_every_forward(forward, shape, dtype, no_worse, chosen):
-    """Its maximum and sum of each row as well: the backward has them."""
-    chosen(forward, "fused")
-    judge(*draw(shape, dtype, seed=2), no_worse)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backward", ["default", "exact", "fused"])
-def test_sharp_softmax(backward, dtype, no_worse, chosen):
+def test_sharp_softmax(dtype, no_worse):
     """Scores of hundreds: no overflow, in rows and columns that exist or not."""
-    chosen(backward=backward)
     judge(*draw((1, 1, 80, 24), dtype, seed=3, scale=6.0), no_worse)
 
 
 @pytest.mark.skipif(CUDA, reason="float32")
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_scores_far_below_zero(backward, no_worse, chosen):
+def test_scores_far_below_zero(no_worse):
     """Where a padded key's score of zero would be the largest by far: no infinity, no NaN."""
-    chosen(backward=backward)
     (q, k, v), upstream = draw((1, 1, 70, 8), seed=4)
     tensors = (40 + q, -40 + k, v)
     truth = run(_reference, tensors, upstream, torch.float64)
     results = run(medium_attention, tensors, upstream)
     reference = run(same_precision, tensors, upstream)
     # dq is a sum of keys around -40 with coefficients that cancel: what remains is D's rounding, where D is its own sum
-    kept = range(4) if backward == "exact" else (0, 2, 3)
+    kept = (0, 2, 3)
     no_worse(*([group[i] for i in kept] for group in (results, reference, truth)), [NAMES[i] for i in kept])
     assert float((results[1].double() - truth[1]).norm()) <= 1e-3 * float(truth[1].norm())
 
 
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_one_token_attends_to_itself(backward, chosen):
-    chosen(backward=backward)
+def test_one_token_attends_to_itself():
     tensors, upstream = draw((2, 2, 1, 8), torch.float16)
     out, dq, dk, dv = run(medium_attention, tensors, upstream)
     torch.testing.assert_close(out, tensors[2])
@@ -137,10 +110,7 @@ def test_empty_launches_nothing(shape):
     assert [t.shape for t in run(medium_attention, tensors, upstream)] == [shape] * 4
 
 
-@pytest.mark.parametrize("backward", BACKWARDS)
-def test_one_sample_of_many_alone_and_the_same_bits_every_time(backward, chosen):
-    """More heads than "fused" has programs, so that these take several in turn."""
-    chosen(backward=backward)
+def test_one_sample_of_many_alone_and_the_same_bits_every_time():
     tensors, upstream = draw((3, 1, 66, 16), torch.float16, seed=5)
     whole = run(medium_attention, tensors, upstream)
     assert all_equal(whole, run(medium_attention, tensors, upstream))
@@ -159,9 +129,7 @@ def orders(t):
     yield wide[:, :, 1:-1, 2:-1]
 
 
-@pytest.mark.parametrize("backward", ["default", "fused"])
-def test_the_memory_order_of_inputs_and_gradients_does_not_matter(backward, chosen):
-    chosen(backward=backward)
+def test_the_memory_order_of_inputs_and_gradients_does_not_matter():
     tensors, upstream = draw((2, 3, 21, 20), torch.float16, seed=6)
     first = run(medium_attention, tensors, upstream)
     for same in zip(*map(orders, (*tensors, upstream))):

@@ -27,6 +27,7 @@ def test_kernels_compile_without_spills_and_launchers_bind_their_arguments(tmp_p
         "column_sums",
         "label_dropout",
         "short_attention",
+        "medium_attention",
     } <= modules
     # forward and backward; the loss: errors and gradient, their sum, the scaling that a factor of one skips
     assert lines["noising 1"] == lines["flow_errors 1"] == "2 launches"
@@ -36,5 +37,5 @@ def test_kernels_compile_without_spills_and_launchers_bind_their_arguments(tmp_p
     assert lines["gated, bias"] == "5 launches"
     assert (lines["qknorm_rope"], lines["qknorm_rope, bias"]) == ("3 launches", "4 launches")
     assert (lines["swiglu"], lines["swiglu, bias"]) == ("2 launches", "3 launches")
-    assert lines["short_attention"] == "2 launches"
+    assert (lines["short_attention"], lines["medium_attention"]) == ("2 launches", "3 launches")
     assert lines["drop_labels 1"] == "1 launches"
