@@ -13,7 +13,7 @@ from fastasync.config import Config, config_from_dict
 from fastasync.presets import preset
 from fastasync.schedule import ConvexSchedule, Schedule, named_schedule
 from fastasync.training.build import build_model, build_objective, choose_ops
-from fastasync.training.engine import PlainEngine
+from fastasync.training.engine import Engine, PlainEngine, build_engine
 from fastasync.training.graph import Part
 from fastasync.training.loop import learning_rate
 from fastasync.training.step import step_function
@@ -32,6 +32,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ours regional graph": {
         "model": OURS["model"],
         "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"},
+    },
+    "ours zero1": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "engine": "deepspeed", "zero": 1},
+    },
+    "ours zero2": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "engine": "deepspeed", "zero": 2},
     },
     "ours graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model", "cuda_graph": "on"}},
     "ours graph uncompiled": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off", "cuda_graph": "on"}},
@@ -84,7 +92,7 @@ class Work(NamedTuple):
     """A variant's training step: ``step(schedule)`` runs one; ``engine`` and ``config`` as in training."""
 
     config: Config
-    engine: PlainEngine
+    engine: Engine
     step: Callable[[Schedule], Tensor]
 
 
@@ -105,8 +113,10 @@ def latents(config: Config, device: torch.device, sets: int = 4) -> list[tuple[T
     return made
 
 
-def _dtypes(engine: PlainEngine) -> list[torch.dtype]:
-    return [p.dtype for p in engine.model.parameters()]
+def _alike(engine: Engine, other: Engine) -> bool:
+    """Whether two engines can share parameters: DeepSpeed's owns its own, others need the same dtypes."""
+    kinds = [[p.dtype for p in each.model.parameters()] for each in (engine, other)]
+    return isinstance(engine, PlainEngine) and isinstance(other, PlainEngine) and kinds[0] == kinds[1]
 
 
 def make_work(
@@ -118,12 +128,13 @@ def make_work(
     """A variant's step.  ``like``: share the parameters of one of these variants that keeps them in the same dtypes,
     and the optimizer of one of the same kind."""
     torch.manual_seed(0)
-    engine = PlainEngine(build_model(config), config, device)
-    like = [work for work in like if _dtypes(work.engine) == _dtypes(engine)]
-    if like:
-        share_parameters(engine.model, like[0].engine.model)
-        alike = [work.engine.optimizer for work in like if type(work.engine.optimizer) is type(engine.optimizer)]
-        for group, other in zip(engine.optimizer.param_groups, like[0].engine.optimizer.param_groups):
+    engine: Any = build_engine(build_model(config), config, device)
+    shared = [work.engine for work in like if _alike(work.engine, engine)]
+    if shared:
+        first: Any = shared[0]
+        share_parameters(engine.model, first.model)
+        alike = [other.optimizer for other in shared if type(other.optimizer) is type(engine.optimizer)]  # type: ignore[attr-defined]
+        for group, other in zip(engine.optimizer.param_groups, first.optimizer.param_groups):
             group["params"] = other["params"]
         engine.optimizer = alike[0] if alike else engine.optimizer
     objective, ops = build_objective(config), choose_ops(config.model.kernels, device)

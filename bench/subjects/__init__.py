@@ -10,6 +10,7 @@ SUBJECTS = (
     "optimizer",
     "step",
     "schedule_overhead",
+    "engine",
     "block",
     "memory",
     "sampling",
