@@ -15,5 +15,6 @@ SUBJECTS = (
     "memory",
     "sampling",
     "probe",
+    "fp8",
     "data",
 )
