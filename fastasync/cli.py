@@ -39,6 +39,7 @@ _SIGPIPE = 13
 
 # What a file or its disk refuses, where nobody nearer to it has said so better.
 _DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP)
+_NAME = errno.ENAMETOOLONG
 
 # Commands of other modules: what --help says here, and the module whose add_parser knows their options.  It is imported
 # only when its command is asked for, so that `fastasync --help` is quick and needs no optional package.
@@ -107,13 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"fastasync: error: {line}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in (*_DISK, _NAME):
             raise
         line = f"{error.filename or 'a file'}: {error.strerror}: check its permissions, its disk and the space there"
         if session().says_first(line):
             print(f"fastasync: error: {line}", file=sys.stderr)
         return UserError.exit_code
     except Exception as error:
+        on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if on_cpu:
+            line = "out of memory: lower train.batch, sample.batch, sample.count or the model's size"
+            if session().says_first(line):
+                print(f"fastasync: error: {line}", file=sys.stderr)
+            return UserError.exit_code
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
             raise
         remedy = "raise train.accumulate (same results), set train.memory=selective or full, or lower the stage's batch"
@@ -189,6 +196,10 @@ def _stage(arguments: argparse.Namespace) -> int:
     from fastasync.run import Run, existing_config
 
     out = arguments.out or Path("runs") / (arguments.preset or "digits")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        raise UserError("--out", repr(str(out)), "is not UTF-8: choose another name") from None
     config = preset(arguments.preset) if arguments.preset else existing_config(out)
     if config is None:
         raise UserError(
@@ -206,12 +217,16 @@ def _stage(arguments: argparse.Namespace) -> int:
         return 0
     if getattr(arguments, "oracle", False) and config.schedule.name == "learned" and config.probe.estimator == "A":
         raise UserError("--oracle", "probe.estimator=A", "fits no loss surface to find the optimum on: use B or C")
+    if getattr(arguments, "oracle", False) and config.schedule.name != "learned":
+        raise UserError(
+            "--oracle", f"schedule.name={config.schedule.name}", "belongs to a probe: use schedule.name=learned"
+        )
     if arguments.command == "report":
         if existing_config(out) is None:
             raise UserError("--out", out, "holds no run to report on")
-        stages.check_schedules(config)
+        stages.check_schedules(Run(out, config))
     else:
-        stages.preflight(config, _WORK[arguments.command])
+        stages.preflight(Run(out, config), _WORK[arguments.command])
         stages.check_begun_probes(Run(out, config))  # here too, so that config.yaml does not hold what is refused
         stages.check_same_latents(Run(out, config))
     if arguments.command in ("sample", "evaluate"):

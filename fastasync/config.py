@@ -104,7 +104,7 @@ class Model:
 class Train:
     """The optimizer and the loop."""
 
-    steps: int = _number(1000, 1)
+    steps: int = _number(1000, 1, 10**9)
     batch: int = _number(128, 1)
     accumulate: int = _number(1, 1)  # parts that a batch is computed in, one after the other
     lr: float = _number(1e-3, 0.0, 10.0)
@@ -153,8 +153,8 @@ class Probe:
 class Sample:
     """Sampling.  ``steps`` are intervals of the grid; Heun spends two function evaluations on each."""
 
-    count: int = _number(1000, 1)
-    batch: int = _number(500, 1)
+    count: int = _number(1000, 1, 10**8)
+    batch: int = _number(500, 1, 10**6)
     integrator: str = _choice("heun", "euler", "heun", "heun_euler", "dopri5")
     grid_power: float = _number(1.0, 0.1, 10.0)  # of the time grid: above 1, steps shrink towards the data
     steps: tuple[int, ...] = (25,)  # one figure for each
@@ -349,7 +349,10 @@ def load_config(path: str | Path) -> Config:
         raise UserError(
             "configuration file", path, "holds no sections with fields: bring it back, or use another --out"
         )
-    return config_from_dict(data)
+    try:
+        return config_from_dict(data)
+    except UserError as error:
+        raise UserError("configuration file", path, f"{error}") from None
 
 
 def validate(config: Config) -> None:

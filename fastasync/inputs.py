@@ -32,6 +32,7 @@ from fastasync.files import load_tensors, save_tensors, sha256_file, write_json
 from fastasync.probe import Scorer
 from fastasync.representations import build
 from fastasync.representations.base import ImageShape, Representation, load_plugin, registered
+from fastasync.representations.bundle import only_decoder
 from fastasync.representations.classifier import Classifier
 from fastasync.representations.prepare import Prepared, Recipe, load_prepared, make_recipe, prepare
 from fastasync.run import Run
@@ -113,8 +114,9 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
         for name in reps.names
     ]
     if (found := tuple(part.channels for part in parts)) != reps.channels:
-        wanted = ",".join(map(str, found))
-        raise UserError("representations.channels", ",".join(map(str, reps.channels)), f"the encoders give {wanted}")
+        wanted = f"the encoders give {','.join(map(str, found))} on representations.grid={reps.grid}"
+        raise UserError("representations.channels", ",".join(map(str, reps.channels)), wanted)
+    only_decoder(parts)
     return _selection_flops(encoder, images.image_shape)
 
 
@@ -164,7 +166,9 @@ def _from_images(run: Run, device: torch.device, say: Say) -> Inputs:
     config, reps = run.config, run.config.representations
     train = load_images(config.data.dataset, config.data.root, "train")
     test = load_images(config.data.dataset, config.data.root, "test")
-    if not (run.prepared / "prepared.json").exists():
+    if (run.prepared / "prepared.json").exists():
+        say(f"prepare: done, {run.prepared}")
+    else:
         say(f"prepare: encoding {config.data.dataset} into {run.prepared}")
     prepare(
         train,

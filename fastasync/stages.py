@@ -30,6 +30,7 @@ from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
 from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
+from fastasync.model.importer import check_fits
 from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
@@ -53,22 +54,38 @@ def planned_flops(config: Config) -> int:
     return train_flops(model) * config.train.batch * config.train.steps
 
 
-def check_schedules(config: Config) -> tuple[str, ...]:
-    """The names of the run's schedule and its baselines.  Raises UserError unless each is one."""
-    reps, schedules = config.representations, (config.schedule.name, *config.schedule.others)
-    for name in schedules:
-        if name != "learned":
-            named_schedule(name, reps.names, reps.roles)
-    return schedules
+def check_schedules(run: Run) -> tuple[str, ...]:
+    """The names of the run's schedule and its baselines.
+
+    Raises UserError unless each is one, or a file that the run keeps (schedule.json); where the file is still there,
+    it must not have changed.
+    """
+    reps = run.config.representations
+    folders: dict[Path, str] = {}
+    for each in (run, *(run.baseline(name) for name in run.config.schedule.others)):
+        name = each.config.schedule.name
+        if folders.setdefault(each.path, name) != name:
+            raise UserError("schedule.baselines", name, f"would share {each.path} with {folders[each.path]}: rename it")
+        kept = each.schedule_file.exists()
+        if name == "learned" or (kept and name.endswith(".json") and not Path(name).exists()):
+            continue
+        named = named_schedule(name, reps.names, reps.roles)
+        if kept and name.endswith(".json"):
+            known = load_schedule(each.schedule_file, reps.names)
+            if known.fingerprint != named.fingerprint:
+                what = f"holds another schedule than {each.schedule_file}, which this run trains along"
+                raise UserError("schedule.name", name, f"{what}: give a new --out, or bring the old file back")
+    return tuple(folders.values())
 
 
-def preflight(config: Config, stages: Sequence[str]) -> None:
+def preflight(run: Run, stages: Sequence[str]) -> None:
     """Everything that can be checked before any work or any file: data, device, network, schedules, probe, weights.
 
     Raises UserError.  ``stages``: those about to run.
     """
+    config = run.config
     choose_ops(config.model.kernels, choose_device(config.train.device))
-    schedules = check_schedules(config)
+    schedules = check_schedules(run)
     images, classes = config.data.dataset != "latents", config.model.classes
     selection_flops = check_inputs(config) if images else 0
     if not images:
@@ -84,9 +101,15 @@ def preflight(config: Config, stages: Sequence[str]) -> None:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
     if "learned" in schedules and "probe" in stages:
         probe_plan(config, planned_flops(config), selection_flops)
-    weak = config.sample.weak_checkpoint
-    if config.sample.guidance == "autoguidance" and "sample" in stages and not Path(weak).exists():
-        raise UserError("sample.weak_checkpoint", weak, "no such file or run directory")
+    if config.sample.guidance == "autoguidance" and "sample" in stages:
+        weak = Path(config.sample.weak_checkpoint)
+        if not weak.exists():
+            raise UserError("sample.weak_checkpoint", weak, "no such file or run directory")
+        if weak.is_dir():
+            checkpoint.find(weak)
+        else:
+            with torch.device("meta"):
+                check_fits(build_model(config), load_state(weak), str(weak))
     if "train" in stages:
         check_training(config, choose_device(config.train.device))
         if config.train.wandb:
@@ -312,6 +335,7 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
             label = f"sample {run.config.schedule.name} {sample.integrator} {steps}"
             spread: dict[str, Any] = {"rank": here.rank, "world": here.world, "label": label, "progress": here.is_main}
             here.main_only(lambda folder=folder, protocol=protocol: write_json(folder / "protocol.json", protocol))  # type: ignore[misc]
+            say(f"sample: {sample.count} images into {folder}")
             with explained_sampling(sample, device):
                 sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
             here.barrier()
@@ -362,8 +386,26 @@ def _evaluate(run: Run, inputs: Inputs, folders: list[Path], say: Say) -> list[F
         for figure in known:
             title = metric_title(figure.name, extractor.name)
             say(f"evaluate: {config.schedule.name} {folder.name}: {title} {figure.value:.4g}")
-    save_figures(run.figures_file, figures)
+    save_figures(run.figures_file, [*_others(run, figures), *figures])
     return figures
+
+
+def _others(run: Run, figures: list[Figure]) -> list[Figure]:
+    """The run's earlier figures of the same weights that other samplers or guidance gave: they stay in the report."""
+    try:
+        known = load_figures(run.figures_file) if run.figures_file.exists() else []
+    except UserError:  # damaged, or of another version: it is made anew
+        return []
+    same = ["schedule_fingerprint", "checkpoint_step", "ema", "samples"]
+    same += ["extractor_fingerprint", "reference_fingerprint"]
+    way = ("integrator", "function_evaluations", "guidance")
+
+    def of(figure: Figure, fields: Sequence[str]) -> tuple[Any, ...]:
+        return tuple(getattr(figure.protocol, name) for name in fields)
+
+    weights = {of(figure, same) for figure in figures}
+    replaced = {(figure.name, *of(figure, way)) for figure in figures}
+    return [each for each in known if of(each, same) in weights and (each.name, *of(each, way)) not in replaced]
 
 
 def _reference_name(config: Config) -> str:

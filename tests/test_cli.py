@@ -55,6 +55,7 @@ def test_running_again_says_done_and_changes_nothing(run, capsys):
     }
     assert main(["run", "--out", str(run)]) == 0
     said = capsys.readouterr().out
+    assert "prepare: done" in said
     assert "probe: done" in said
     assert "sample: done" in said
     for path, content in before.items():
@@ -147,6 +148,17 @@ def refused(capsys, arguments, *says):
 def test_bad_input_before_any_work(tmp_path, capsys):
     out = tmp_path / "out"
     cases = [
+        (
+            arguments(
+                out, "representations.names=semantic", "representations.channels=8", "representations.roles=free"
+            ),
+            "representations that decode to images: none",
+        ),
+        (arguments(out, "schedule.name=offset:1e300"), "from 0 to 1000"),
+        (arguments(out, "train.steps=1000000000000"), "train.steps"),
+        (arguments(out, "schedule.baselines=offset:0.3,offset-0.3"), "would share"),
+        ([*arguments(out, "schedule.name=synchronous"), "--oracle"], "--oracle"),
+        (["run", "--preset", "digits", "--out", tmp_path / ("o" * 300)], "File name too long"),
         (["run", "--preset", "digit", "--out", out], "did you mean 'digits'"),
         (["run", "--out", out], "--preset", "holds no run"),
         (arguments(out, "train.stps=3"), "did you mean 'steps'"),
@@ -220,6 +232,48 @@ def test_damage_is_named(run, tmp_path, capsys):
     content[-1] ^= 1
     latents.write_bytes(content)
     refused(capsys, ["sample", "--out", copy], latents.name)
+
+
+def test_figures_of_other_samplers_stay(run, tmp_path, capsys):
+    """Those of the same weights: of other steps and other guidance too."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    before = json.loads((copy / "figures.json").read_text())
+    more = ["--set", "sample.steps=2", "--set", "sample.guidance=cfg"]
+    assert main(["evaluate", "--out", str(copy), *more]) == 0
+    assert main(["evaluate", "--out", str(copy), *more]) == 0  # once more: nothing twice
+    after = json.loads((copy / "figures.json").read_text())
+    assert after[:-1] == before
+    assert after[-1]["protocol"]["guidance"].startswith("cfg")
+    assert main(["report", "--out", str(copy)]) == 0
+    assert "4, cfg 1.5 in [0, 1]" in capsys.readouterr().out
+    for figures in copy.glob("samples/*/figures-*"):
+        figures.write_text("{")
+    refused(capsys, ["evaluate", "--out", copy], "figures-", "remove this file")
+
+
+def test_a_refused_setting_is_not_kept(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = (copy / "config.yaml").read_bytes()
+    garbage = tmp_path / "weak.pt"
+    garbage.write_bytes(b"no weights")
+    for weak in (tmp_path, garbage):
+        more = ["--set", "sample.guidance=autoguidance", "--set", f"sample.weak_checkpoint={weak}"]
+        refused(capsys, ["sample", "--out", copy, *more], str(weak))
+        assert (copy / "config.yaml").read_bytes() == config
+
+
+def test_a_schedule_file_may_go_but_not_change(tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "schedule.json"
+    content = {"kind": "offset", "names": ["texture", "semantic"], "offsets": [0.3, 0.0]}
+    file.write_text(json.dumps(content))
+    assert main(arguments(out, f"schedule.name={file}", "schedule.baselines=", stage="train")) == 0
+    file.write_text(json.dumps({**content, "offsets": [0.9, 0.0]}))
+    refused(capsys, ["train", "--out", out, "--set", "train.steps=14"], str(file), "another schedule")
+    file.unlink()
+    assert main(["train", "--out", str(out), "--set", "train.steps=14"]) == 0
+    assert main(["report", "--out", str(out)]) == 0
 
 
 def test_latents_of_another_encoder_are_refused(run, tmp_path, capsys):
@@ -319,6 +373,12 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("fastasync.stages.prepare_stage", full)
     refused(capsys, arguments(tmp_path / "out"), "out of memory", "train.accumulate")
+
+    def full_cpu(*_, **__):
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("fastasync.stages.prepare_stage", full_cpu)
+    refused(capsys, arguments(tmp_path / "out"), "out of memory", "sample.batch")
 
 
 def test_deepspeed_may_start_every_command(capsys):

@@ -130,7 +130,8 @@ def load_cifar10(root: str | Path, split: str, sha256: str = SHA256) -> ImageSet
     cache, record = root / CACHE, root / CACHE_HASH
     if not record.is_file():
         if not (root / TARBALL).is_file():
-            raise UserError(f"cifar10 in {root}", f"{TARBALL} not found", "fetch it: make cifar10")
+            remedy = f"fetch it: fastasync fetch cifar10 --to {root}"
+            raise UserError(f"cifar10 in {root}", f"{TARBALL} not found", remedy)
         check_tarball(root / TARBALL, sha256)
         write_json(record, {"sha256": save_tensors(cache, read_package(root / TARBALL)), "package": PACKAGE})
     remedy = f"delete {cache} and {record} and run again"

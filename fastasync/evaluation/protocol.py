@@ -222,7 +222,10 @@ def load_figures(path: Path | str) -> list[Figure]:
     except FileNotFoundError:
         raise UserError(str(path), "no such file", "run the evaluate stage first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"not JSON ({error})", "run the evaluate stage again") from None
+        raise UserError(str(path), f"not JSON ({error})", "remove this file and evaluate again") from None
     if not isinstance(values, list):
-        raise UserError(str(path), type(values).__name__, "expected a JSON list of figures")
-    return [Figure.from_dict(value) for value in values]
+        raise UserError(str(path), type(values).__name__, "is no list of figures: remove this file and evaluate again")
+    try:
+        return [Figure.from_dict(value) for value in values]
+    except UserError as error:
+        raise UserError(str(path), f"holds no figures ({error})", "remove this file and evaluate again") from None

@@ -89,7 +89,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str = "chec
     Raises:
         UserError: another architecture; names the first missing, unexpected and differently shaped entries.
     """
+    check_fits(model, state, source)
     own = {strip_wrappers(name): name for name in model.state_dict()}
+    model.load_state_dict({own[name]: value for name, value in state.items()})
+
+
+def check_fits(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Raises the UserError of ``load_into``.  The model may be on the meta device."""
     shapes = {strip_wrappers(name): tuple(value.shape) for name, value in model.state_dict().items()}
     wrong = [
         f"{name} {tuple(state[name].shape)} in the file, {shape} in the model"
@@ -105,7 +111,6 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str = "chec
         text = "; ".join(f"{kind}: {_first(found)}" for kind, found in findings.items() if found)
         remedy = f"{text}; set the model's size, patch, channels and REPA projector as in the file"
         raise UserError(source, "weights of another architecture", remedy)
-    model.load_state_dict({own[name]: value for name, value in state.items()})
 
 
 def _first(found: Iterable[str]) -> str:

@@ -28,8 +28,9 @@ class Column(NamedTuple):
 
     @property
     def where(self) -> str:
-        """``18 NFE``, or the adaptive integrator's name."""
-        return self.integrator if self.evaluations is None else f"{self.evaluations:g} NFE"
+        """``18 NFE``, or the adaptive integrator's name; with the grid's power and the guidance where there are any."""
+        _, *special = self.integrator.replace(" grid", ", grid", 1).split(", ")
+        return self.integrator if self.evaluations is None else ", ".join([f"{self.evaluations:g} NFE", *special])
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def build_table(records: Sequence[Record]) -> Table:
 def _column(figure: Figure) -> Column:
     protocol = figure.protocol
     adaptive = protocol.integrator == _ADAPTIVE
-    return Column(figure.name, protocol.integrator, None if adaptive else protocol.function_evaluations)
+    integrator = protocol.integrator + ("" if protocol.guidance == "none" else f", {protocol.guidance}")
+    return Column(figure.name, integrator, None if adaptive else protocol.function_evaluations)
 
 
 def value_text(figure: Figure) -> str:
@@ -154,7 +156,7 @@ def comparison_table(run: Run) -> str:
             figures = [row.cells[column] for column in columns if column in row.cells]
             if not figures:
                 continue
-            line = [row.label, f"{figures[0].protocol.function_evaluations:g}"]
+            line = [row.label, f"{figures[0].protocol.function_evaluations:g}" + columns[0].where.partition(" NFE")[2]]
             for column in columns:
                 if column not in row.cells:
                     line += ["-", ""]

@@ -13,6 +13,15 @@ from fastasync.representations.base import Representation, checked_encode
 from fastasync.representations.statistics import LatentStatistics, StreamingStatistics, checked_statistics
 
 
+def only_decoder(representations: Sequence[Representation]) -> Representation:
+    """The one that decodes to images.  UserError unless there is exactly one."""
+    decoders = [item for item in representations if item.decodes]
+    if len(decoders) != 1:
+        found = ", ".join(item.name for item in decoders) or "none"
+        raise UserError("representations that decode to images", found, "a bundle needs exactly one")
+    return decoders[0]
+
+
 class Bundle:
     """K representations of the same images on the same grid, in order (texture first, semantic last in the presets).
 
@@ -35,11 +44,7 @@ class Bundle:
         ):
             if len(values) > 1:
                 raise UserError(f"representations: {what}", sorted(values), "must be the same for all of a bundle")
-        decoders = [item for item in self.representations if item.decodes]
-        if len(decoders) != 1:
-            found = ", ".join(item.name for item in decoders) or "none"
-            raise UserError("representations that decode to images", found, "a bundle needs exactly one")
-        self.decoder = decoders[0]
+        self.decoder = only_decoder(self.representations)
         self.grid, self.image_shape = self.decoder.grid, self.decoder.image_shape
         self.statistics = statistics
         if statistics is not None:

@@ -85,9 +85,9 @@ def named_schedule(text: str, names: Sequence[str], roles: Sequence[str]) -> Sch
             value = float(argument)
         except ValueError:
             value = math.nan
-        low = 0.0 if kind == "offset" else 1.0
-        if not low <= value < math.inf:
-            raise UserError("schedule", text, f"write {kind}:NUMBER with a number of at least {low:g}")
+        low, high = (0.0, 1e3) if kind == "offset" else (1.0, 100.0)  # beyond, float32 has no such times
+        if not low <= value <= high:
+            raise UserError("schedule", text, f"write {kind}:NUMBER with a number from {low:g} to {high:g}")
         return offset(names, value, roles) if kind == "offset" else power(names, value, roles)
     if text.endswith(".json"):
         return load_schedule(text, names)

@@ -153,7 +153,7 @@ def test_bad_packages(tmp_path, change, message):
 
 
 def test_truncated_and_missing_tarballs(tmp_path):
-    with pytest.raises(UserError, match="make cifar10"):
+    with pytest.raises(UserError, match="fastasync fetch cifar10 --to "):
         cifar10.load_cifar10(tmp_path, "train")
     with pytest.raises(UserError, match=r"none\.tgz: missing"):
         cifar10.read_package(tmp_path / "none.tgz")

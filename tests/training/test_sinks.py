@@ -10,6 +10,7 @@ import pytest
 from fastasync import stages
 from fastasync.config import differences
 from fastasync.errors import UserError
+from fastasync.run import Run
 from fastasync.training.metrics import MetricsLog
 from fastasync.training.sinks import wandb_package
 
@@ -126,7 +127,7 @@ def test_without_a_project_wandb_is_not_imported(tmp_path, tiny, run, monkeypatc
 
 
 @pytest.mark.parametrize("missing", [None, types.ModuleType("wandb")], ids=["missing", "folder"])
-def test_missing_wandb_is_said_before_any_work(tiny, monkeypatch, missing):
+def test_missing_wandb_is_said_before_any_work(tiny, monkeypatch, missing, tmp_path):
     """A folder called wandb, which wandb itself leaves, imports as an empty package."""
     monkeypatch.setitem(sys.modules, "wandb", missing)
     with pytest.raises(UserError, match=r"pip install 'fastasync\[wandb\]'"):
@@ -134,8 +135,8 @@ def test_missing_wandb_is_said_before_any_work(tiny, monkeypatch, missing):
     config = tiny(train=dict(wandb="denoise"), schedule=dict(name="synchronous"), evaluate=dict(metrics=["fid"]))
     monkeypatch.setattr(stages, "check_inputs", lambda config: 0)
     with pytest.raises(UserError, match="package wandb"):
-        stages.preflight(config, ("prepare", "probe", "train"))
-    stages.preflight(config, ("prepare", "sample"))
+        stages.preflight(Run(tmp_path, config), ("prepare", "probe", "train"))
+    stages.preflight(Run(tmp_path, config), ("prepare", "sample"))
 
 
 def test_wandb_that_cannot_start_is_one_line(tmp_path, tiny, run, service):
