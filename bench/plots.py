@@ -27,9 +27,8 @@ def latest(rows: Sequence[Row]) -> list[Row]:
 
 def finish(figure: plt.Figure, path: Path, title: str, row: Row) -> Path:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.text(
-        0.01, 0.005, f"{row.device}, torch {row.torch}, {row.date[:10]}, {row.commit}", fontsize=7, color="#666"
-    )
+    about = f"{row.device}, torch {row.torch}, {row.date[:10]}, {row.commit}"
+    figure.text(0.99, 0.99, about, fontsize=7, color="#666", ha="right", va="top")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
@@ -54,6 +53,7 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
             axes.barh(place + index * height, r.share, height, xerr=spread, color=color, error_kw={"lw": 0.7})
             axes.text(0.005, place + index * height, f"{r.variant}, {r.ms:.3g} ms", va="center", fontsize=6)
     axes.set_yticks([p + 0.4 for p in range(len(groups))], [f"{s} {c}\n{h} {d}" for s, c, h, d in groups], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_xlabel("share of the measured ceiling (copy bandwidth or bf16 matrix product)")
@@ -61,22 +61,27 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
-    """Device time of a training step by category (``make profile``)."""
+    """Device time of a training step by category (``make profile``), as shares: steps differ in length by far."""
     found = [r for r in rows if r.subject == "profile"]
     if not found:
         return None
     steps = list(dict.fromkeys((r.shape, r.variant) for r in found))
     kinds = list(dict.fromkeys(r.case for r in found))
     figure, axes = plt.subplots(figsize=(9, 0.6 * len(steps) + 1.6), layout="constrained")
+    names = []
     for place, step in enumerate(steps):
-        left = 0.0
-        for index, kind in enumerate(kinds):
-            ms = sum(r.ms for r in found if (r.shape, r.variant) == step and r.case == kind)
-            label = kind if place == 0 else None
-            axes.barh(place, ms, 0.7, left=left, color=PALETTE[index % len(PALETTE)], label=label)
-            left += ms
-    axes.set_yticks(range(len(steps)), [f"{shape}, {variant}" for shape, variant in steps], fontsize=8)
-    axes.set_xlabel("ms a step on the device")
+        times = {kind: sum(r.ms for r in found if (r.shape, r.variant) == step and r.case == kind) for kind in kinds}
+        total, left = sum(times.values()), 0.0
+        for index, (kind, ms) in enumerate(times.items()):
+            share, label = 100 * ms / total, kind if place == 0 else None
+            axes.barh(place, share, 0.7, left=left, color=PALETTE[index % len(PALETTE)], label=label)
+            if share > 4:
+                axes.text(left + share / 2, place, f"{ms:.3g}", ha="center", va="center", fontsize=7, color="white")
+            left += share
+        names.append(f"{step[0]}, {step[1]}: {total:.3g} ms")
+    axes.set_yticks(range(len(steps)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the device's time (numbers: ms)")
     axes.legend(ncols=len(kinds), fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     return finish(figure, path, "Where a training step's time goes", found[-1])
 
