@@ -55,9 +55,11 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
     Of a run the newest complete checkpoint; what is skipped is said on stderr.
     Raises UserError when the checkpoint is not complete or the file cannot be written.
     """
-    loaded = checkpoint.load_model(source, ema=ema, say=lambda line: print(line, file=sys.stderr))
     if out.is_dir():
         raise UserError("OUT", out, "is a folder: give the file to write")
+    if out.exists():
+        raise UserError("OUT", out, "is there already: remove it, or give another name")
+    loaded = checkpoint.load_model(source, ema=ema, say=lambda line: print(line, file=sys.stderr))
     # a stream: given a path, torch reports what the system refuses as a RuntimeError
     with atomic_path(out) as partial, open(partial, "wb") as stream:
         torch.save(export_state(loaded.model), stream)

@@ -64,7 +64,11 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_said(tmp_path, tiny, run, c
     assert tools.convert_command(command(["convert", tmp_path / "run", tmp_path / "out.pt"])) == 0
     assert capsys.readouterr().err.startswith(f"skipped checkpoint {newest}: ema.safetensors was altered")
     with pytest.raises(UserError, match="damaged"):
-        tools.convert_command(command(["convert", newest, tmp_path / "out.pt"]))
+        tools.convert_command(command(["convert", newest, tmp_path / "other.pt"]))
+    content = (tmp_path / "out.pt").read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        tools.convert_command(command(["convert", tmp_path / "run", tmp_path / "out.pt"]))
+    assert (tmp_path / "out.pt").read_bytes() == content
 
 
 def test_a_run_starts_from_published_weights(tmp_path, tiny, run):
