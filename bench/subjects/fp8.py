@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Bench, Summary, summarize
-from bench.subjects.common import XL
+from bench.subjects.common import sizes
 from fastasync.errors import UserError
 from fastasync.training.build import check_fp8
 
@@ -27,14 +27,17 @@ def cast(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def run(bench: Bench) -> None:
-    try:
-        check_fp8(bench.device)
-    except UserError as error:
-        bench.skip("fp8", str(error))
-        return
-    width, hidden, rows = XL["width"], XL["hidden"], 256 * XL["tokens"]
+    if not bench.small:
+        try:
+            check_fp8(bench.device)
+        except UserError as error:
+            bench.skip("fp8", str(error))
+            return
+    of_bench = sizes(bench)
+    width, hidden, rows = of_bench["width"], of_bench["hidden"], (2 if bench.small else 256) * of_bench["tokens"]
     shapes = {"qkv": (width, 3 * width), "proj": (width, width), "w12": (width, 2 * hidden), "w3": (hidden, width)}
-    compiled, totals = torch.compile(cast, dynamic=False), dict.fromkeys(("bf16", "fp8", "casts"), 0.0)
+    compiled = cast if bench.small else torch.compile(cast, dynamic=False)
+    totals = dict.fromkeys(("bf16", "fp8", "casts"), 0.0)
     for name, (k, n) in shapes.items():
         if bench.time_is_up(f"fp8 {name}"):
             return
@@ -61,7 +64,7 @@ def run(bench: Bench) -> None:
         totals["fp8"] += of(times, "output, fp8 rows", "input's gradient, fp8 rows", "weight's gradient, bf16")
         totals["casts"] += of(times, "cast of the input", "cast of the gradient")
     text = ", ".join(f"{name} {28 * value:.1f} ms" for name, value in totals.items())
-    print(f"  fp8: products of a step's 28 blocks: {text}", flush=True)
+    bench.say(f"  products of 28 blocks: {text}")
 
 
 def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:

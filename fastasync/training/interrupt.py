@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 from fastasync.distributed import last_words
 from fastasync.errors import UserError
 
-_SLOW_FILES = ("checkpoint.py", "files.py")  # where one call may take as long as a disk does
 _ECHO = 3.0  # seconds within which a launcher repeats a signal
 STUCK = 20.0  # seconds without taking a signal after which a rank hangs: launchers kill after 30
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again", what a launcher should restart
@@ -40,7 +38,7 @@ class StopSignal:
     two different ones: then only a second SIGINT, seconds later, stops at once.  A rank that leaves with an error has
     ``last_words``.  One that waits in a collective for a rank that is gone may never see an error, nor Python the
     signal: when the main thread takes none for ``STUCK`` seconds after it, ``stuck()`` is called, from a thread that
-    then ends the process with code 75.
+    then ends the process with code 75.  Not inside ``patient()``, where ranks wait for one that writes to a disk.
     """
 
     def __init__(self, launched: bool = False, stuck: Callable[[], None] | None = None) -> None:
@@ -48,7 +46,8 @@ class StopSignal:
         self._launched, self._stuck, self._when = launched, stuck, 0.0
         self._previous: dict[int, Any] = {}
         self._woken: tuple[int, int] | None = None  # what the wake-up descriptor was, and the end we gave it
-        self._left, self._moved = threading.Event(), 0.0
+        self._left, self._moved, self._patient = threading.Event(), 0.0, False
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -59,8 +58,18 @@ class StopSignal:
                 os.set_blocking(writing, False)
                 self._woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False), writing
                 arguments = (reading, threading.get_ident(), self._stuck)
-                threading.Thread(target=self._watch, args=arguments, name="signals", daemon=True).start()
+                self._thread = threading.Thread(target=self._watch, args=arguments, name="signals", daemon=True)
+                self._thread.start()
         return self
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, a call may take as long as it does."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient, self._moved = False, time.monotonic()
 
     def _watch(self, reading: int, main: int, stuck: Callable[[], None]) -> None:
         """Wait for SIGTERM; repeat it from then on, to see whether the main thread still takes signals."""
@@ -69,8 +78,7 @@ class StopSignal:
                 break
         self._moved = time.monotonic()
         while received and not self._left.wait(STUCK / 8) and signal.getsignal(signal.SIGTERM) == self._remember:
-            frame = sys._current_frames()[main]
-            if frame.f_code.co_filename.endswith(_SLOW_FILES):
+            if self._patient:
                 self._moved = time.monotonic()
                 continue
             if time.monotonic() - self._moved > STUCK:
@@ -86,6 +94,8 @@ class StopSignal:
             signal.set_wakeup_fd(previous)
             os.close(writing)  # ends the thread that reads it
             self._woken = None
+        if self._thread is not None:
+            self._thread.join(1.0)  # or it would send a signal to whoever handles it next
         if self._launched and kind is not None and self._previous:
             last_words()
             del self._previous[signal.SIGTERM]

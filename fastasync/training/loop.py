@@ -235,7 +235,8 @@ def train(
             stopping = engine.any(stop.received is not None)
             if stopping or step == settings.steps or _due(config, step):
                 began = time.perf_counter()
-                last_good = save()
+                with stop.patient():
+                    last_good = save()
                 watch.leave_out(began)
                 watchdog.beat(step)
             if stopping:

@@ -241,23 +241,29 @@ def test_a_failing_rank_says_why_though_its_launcher_ends_it(kind, seconds, code
 
 
 STUCK = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from fastasync.training import interrupt
 interrupt.STUCK = 2.0
 with interrupt.StopSignal(True, lambda: print("stuck", flush=True)) as stop:
     print("ready", flush=True)
     end = time.monotonic() + 6
+    lock, library = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+    library.pthread_mutex_lock(lock)
     if sys.argv[1] == "collective":  # a call that no signal ends, as gloo's and NCCL's are
-        lock = ctypes.create_string_buffer(256)
-        for _ in range(2):
-            ctypes.CDLL(None).pthread_mutex_lock(lock)
+        library.pthread_mutex_lock(lock)
+    if sys.argv[1] == "saving":  # the same, for as long as another rank writes
+        threading.Timer(5.0, library.pthread_mutex_unlock, [lock]).start()
+        with stop.patient():
+            library.pthread_mutex_lock(lock)
     while time.monotonic() < end:  # and a wait for another rank that polls
         time.sleep(0.05)
 print("stopped" if stop.received else "heard nothing", flush=True)
 """
 
 
-@pytest.mark.parametrize(("where", "said", "code"), [("collective", "stuck", 75), ("polling", "stopped", 0)])
+@pytest.mark.parametrize(
+    ("where", "said", "code"), [("collective", "stuck", 75), ("polling", "stopped", 0), ("saving", "stopped", 0)]
+)
 def test_a_rank_that_hangs_in_a_call_after_a_signal_ends_with_a_line(where, said, code, started):
     with started([sys.executable, "-c", STUCK, where]) as process:
         assert process.stdout.readline() == "ready\n"
