@@ -33,7 +33,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "block": (90, ["-m", "bench.run", "block"]),
     "memory": (150, ["-m", "bench.run", "memory"]),
     "sampling": (200, ["-m", "bench.run", "sampling"]),
-    "probe": (100, ["-m", "bench.run", "probe"]),
+    "probe": (150, ["-m", "bench.run", "probe"]),
+    "fp8": (60, ["-m", "bench.run", "fp8"]),
     "data": (90, ["-m", "bench.run", "data"]),
     "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
@@ -42,6 +43,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
 PRECISION = ["-m", "bench.precision_curve", "--preset", "cifar10", "--size", "S", "--steps", "1500"]
 STUDY = ["-m", "bench.science.study", "--preset", "cifar10", "--work", "runs/science"]
 ON_REQUEST: dict[str, tuple[float, list[str]]] = {
+    "engine": (150, ["-m", "bench.run", "engine"]),  # needs DeepSpeed
     "tune": (300, ["-m", "bench.tune"]),
     "short-attention": (120, ["-m", "bench.experiments.short_attention"]),
     "precision": (480, [*PRECISION, "--set", "train.compile=regional"]),

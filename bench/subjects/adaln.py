@@ -28,17 +28,23 @@ def run(bench: Bench) -> None:
             douts = [[random(batch, tokens, width) for _ in range(2)]] if backward else []
             return [x, y, gate, *rest[:3], *douts]
 
+        def biased(seed: int, batch: int, dtype: torch.dtype = dtype, backward: bool = False) -> list:
+            *inputs, douts = gated(seed, batch, dtype, backward)
+            return [*inputs, Random(bench.device, seed + 2000, dtype)(width, grad=True, dtype=torch.float32), douts]
+
         shape = f"[{batch}, {tokens}, {width}]"
         # planes of [B, N, D] that must move: forward, then forward and backward
-        for name, make, moved in (
-            ("rmsnorm_modulate", plain, (2, 2 + 3)),
-            ("gated_rmsnorm_modulate", gated, (4, 4 + 6)),
+        for name, make, moved, bias in (
+            ("rmsnorm_modulate", plain, (2, 2 + 3), False),
+            ("gated_rmsnorm_modulate", gated, (4, 4 + 6), False),
+            ("gated_rmsnorm_modulate", biased, (4, 4 + 6), True),
         ):
-            for backward in (False, True):
+            for backward in (True,) if bias else (False, True):
+                case = f"{name.split('_')[0]} {'fwd+bwd' if backward else 'fwd'}{', bias' if bias else ''}"
                 bench.operation(
                     Operation(
-                        *("adaln", f"{name.split('_')[0]} {'fwd+bwd' if backward else 'fwd'}", shape, short(dtype)),
-                        variants(bench, f"adaln {name}", name, backward),
+                        *("adaln", case, shape, short(dtype)),
+                        variants(bench, f"adaln {name}", name, backward, bias),
                         lambda seed, batch, make=make, backward=backward: make(seed, batch, backward=backward),
                         *(batch, moved[backward] * plane),
                     )

@@ -42,15 +42,20 @@ def kernels(bench: Bench, subject: str) -> Any:
         return None
 
 
-def variants(bench: Bench, subject: str, name: str, backward: bool, **options: Any) -> dict[str, Callable[..., Any]]:
+def variants(
+    bench: Bench, subject: str, name: str, backward: bool, bias: bool = False, **options: Any
+) -> dict[str, Callable[..., Any]]:
     """Reference, reference under torch.compile, and the kernel of an operation; with ``backward`` and its gradients.
 
-    ``options`` are bound to the operation.  The compiled reference is left out on a CPU, where it would time a C++
-    compiler's work.
+    ``bias``: the last argument is the bias of the linear before it, whose gradient the operation gives, as in
+    training.  ``options`` are bound to the operation.  The compiled reference is left out on a CPU, where it would time
+    a C++ compiler's work.
     """
 
     def of(module: Any) -> Callable[..., Any]:
         function = getattr(module, name)
+        if bias:
+            return lambda *arguments: function(*arguments[:-1], bias=arguments[-1], **options)
         return lambda *arguments: function(*arguments, **options)
 
     found: dict[str, Callable[..., Any]] = {"reference": of(reference)}

@@ -83,6 +83,22 @@ def test_sharp_softmax(dtype, no_worse):
 
 
 @pytest.mark.skipif(CUDA, reason="float32")
+def test_gradients_against_differences_of_the_loss():
+    """(f(x + e d) - f(x - e d)) / 2 e along random directions d, f in fp64: independent of autograd."""
+    tensors, upstream = draw((1, 2, 67, 20), seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for index, gradient in enumerate(run(medium_attention, tensors, upstream)[1:]):
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = [t.double() for t in tensors]
+            moved[index] = moved[index] + step * direction
+            ends.append(float((same_precision(*moved) * upstream).sum()))
+        expected = (ends[0] - ends[1]) / 2e-4
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.skipif(CUDA, reason="float32")
 def test_scores_far_below_zero(no_worse):
     """Where a padded key's score of zero would be the largest by far: no infinity, no NaN."""
     (q, k, v), upstream = draw((1, 1, 70, 8), seed=4)
