@@ -191,6 +191,9 @@ class Session:
             store = distributed.PrefixStore("group", self.meet()) if self.world > 1 else distributed.HashStore()
             backend = "nccl" if device.type == "cuda" else "gloo"
             distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
+        elif distributed.get_world_size() != self.world:  # of whoever forked this process, for example
+            found = f"a group of {distributed.get_world_size()} exists in this process"
+            raise UserError("torch.distributed", found, f"start the {self.world} ranks in processes of their own")
         return distributed.new_group(backend="gloo", timeout=timeout)
 
 

@@ -1,6 +1,9 @@
 """The benchmarks' own arithmetic: statistics, errors, files, categories; and every subject at sizes of a CPU."""
 
 import importlib
+import os
+import subprocess
+import sys
 import time
 
 import fastasync_kernels
@@ -8,7 +11,18 @@ import pytest
 import torch
 
 from bench import gpu_session, harness, plots, profile_step, run
-from bench.harness import Bench, Operation, Row, WrongResult, check, paired_overhead, summarize, with_backward
+from bench.harness import (
+    ROOT,
+    Bench,
+    Operation,
+    Row,
+    WrongResult,
+    check,
+    paired_overhead,
+    read_rows,
+    summarize,
+    with_backward,
+)
 from bench.subjects import SUBJECTS, common
 
 CPU = torch.device("cpu")
@@ -104,7 +118,21 @@ def test_out_of_time_is_said(bench):
     assert bench.skipped == ["s c [] f: out of time"]
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+def test_deepspeed_beside_the_plain_engine(tmp_path):
+    """In a process of its own: DeepSpeed's process group would outlive the test, for whoever forks after it."""
+    pytest.importorskip("deepspeed")
+    command = ["-m", "bench.run", "engine", "--device", "cpu", "--rounds", "2", "--record", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "DS_BUILD_OPS": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "cpu.csv")
+    assert [row.variant for row in rows if row.subject == "engine"] == ["ours eager", "ours zero1"]
+    assert "overhead" in rows[-1].note
+
+
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name != "engine"])
 def test_subject_runs_on_a_cpu(bench, subject):
     importlib.import_module(f"bench.subjects.{subject}").run(bench)
     assert bench.rows
