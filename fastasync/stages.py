@@ -436,10 +436,21 @@ def report_stage(run: Run, say: Say = print) -> Path:
 
 
 def run_all(run: Run, *, oracle: bool = False, say: Say = print) -> Path:
-    """All stages in order, then the baselines' train, sample and evaluate, then the report over all of them."""
+    """All stages in order, then the baselines' train, sample and evaluate, then the report over all of them.
+
+    A baseline whose schedule is the one that the probe chose is the same training: the report shows it once for both.
+    """
     inputs = prepare_stage(run, say)
+    first: dict[str, str] = {}
     for each in (run, *session().main_first(run.baselines)):
         schedule = probe_stage(each, inputs, oracle=oracle, say=say)
+        name = each.config.schedule.name
+        served = first.setdefault(schedule.fingerprint, name)
+        folder = each.path / checkpoint.FOLDER
+        begun = session().from_main(lambda folder=folder: checkpoint.steps(folder))  # type: ignore[misc]
+        if served != name and not begun:
+            quiet_elsewhere(say)(f"train: {name} is the schedule of {served}: its network serves both")
+            continue
         train_stage(each, inputs, schedule, say)
         evaluate_stage(each, inputs, sample_stage(each, inputs, say), say)
     return report_stage(run, say)

@@ -386,3 +386,20 @@ def test_deepspeed_may_start_every_command(capsys):
     for option in ("--local_rank=1", "--local-rank=1"):
         assert main([option, "presets"]) == 0
         assert "imagenet256-xl " in capsys.readouterr().out
+
+
+def test_a_baseline_with_the_runs_schedule_is_not_trained_again(tmp_path, capsys):
+    out = tmp_path / "run"
+    settings = ("schedule.name=synchronous", "schedule.baselines=offset:0,offset:0.3")
+    assert main(arguments(out, *settings)) == 0
+    said = capsys.readouterr().out
+    assert "offset:0 is the schedule of synchronous: its network serves both" in said
+    assert "note: offset:0 is the schedule of synchronous: one network serves both" in said
+    assert not (out / "baselines/offset-0/checkpoints").exists()
+    assert (out / "baselines/offset-0.3/checkpoints").exists()
+    cells = [line.replace("*", "").split()[:3] for line in said.splitlines()]
+    figures = {tuple(c[:2]): c[2] for c in cells if len(c) == 3 and c[1] in ("4", "6")}
+    for evaluations in ("4", "6"):
+        assert figures["offset:0", evaluations] == figures["synchronous", evaluations]
+        assert figures["offset:0.3", evaluations] != figures["synchronous", evaluations]
+    assert "offset:0 is the schedule of synchronous" in (out / "report.html").read_text()

@@ -15,7 +15,7 @@ from fastasync.errors import UserError
 from fastasync.evaluation.protocol import metric_title, today
 from fastasync.model import parameter_count, train_flops
 from fastasync.presets import preset
-from fastasync.report.records import Record, latents_index, prepared_manifest, read_json
+from fastasync.report.records import Record, latents_index, prepared_manifest, read_json, shared_notes
 from fastasync.report.samples_grid import Grid
 from fastasync.report.table import (
     SYNCHRONOUS,
@@ -217,6 +217,7 @@ def _comparison(records: Sequence[Record], table: Table) -> Markup:
             "small",
         ),
     ]
+    parts += [_tag("p", f"{sentence}.", "small") for sentence in shared_notes(records)]
     faults = table.differences()
     if faults:
         listed = _join((_tag("li", fault) for fault in faults), "")

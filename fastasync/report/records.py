@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Record:
         figures: of figures.json.
         samples: the folder of the samples to show: latest checkpoint, then most function evaluations.
         protocol: that folder's protocol.json, and ``function_evaluations``.
+        shared: the label of the run whose network, with the same schedule, serves this baseline too, or "".
     """
 
     run: Run
@@ -43,6 +45,7 @@ class Record:
     figures: list[Figure]
     samples: Path | None
     protocol: dict[str, Any]
+    shared: str = ""
 
     @property
     def label(self) -> str:
@@ -54,10 +57,27 @@ class Record:
 def collect(run: Run) -> list[Record]:
     """The run, then its baselines; makes no folder for one that has not been begun.
 
-    Raises UserError for a damaged file, or a baseline of other settings; a missing one is not an error.
+    A baseline that was not trained because an earlier run has its schedule gets that one's records.  Raises UserError
+    for a damaged file, or a baseline of other settings; a missing one is not an error.
     """
     baselines = [run.baseline(name) for name in run.config.schedule.others]
-    return [_record(each) for each in (run, *(each.create() if each.path.exists() else each for each in baselines))]
+    records: list[Record] = []
+    for each in (run, *(each.create() if each.path.exists() else each for each in baselines)):
+        record = _record(each)
+        twin = next((r for r in records if record.schedule and _same(r.schedule, record.schedule)), None)
+        if twin and not record.metrics:
+            record = replace(twin, run=each, probe=None, shared=twin.label)
+        records.append(record)
+    return records
+
+
+def _same(one: Schedule | None, other: Schedule) -> bool:
+    return one is not None and one.fingerprint == other.fingerprint
+
+
+def shared_notes(records: Sequence[Record]) -> list[str]:
+    """A sentence for each baseline that was not trained because its schedule was."""
+    return [f"{r.label} is the schedule of {r.shared}: one network serves both" for r in records if r.shared]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastasync.evaluation import Figure
 from fastasync.evaluation.protocol import metric_title
 from fastasync.probe import ProbeResult
-from fastasync.report.records import Record, collect
+from fastasync.report.records import Record, collect, shared_notes
 from fastasync.run import Run
 
 SYNCHRONOUS = "synchronous"
@@ -173,6 +173,7 @@ def comparison_table(run: Run) -> str:
         for line in lines
     ]
     notes = [f"features: {table.extractor}; * best of its column; one seed"]
+    notes += [f"note: {sentence}" for sentence in shared_notes(records)]
     notes += [f"note: measured differently: {fault}" for fault in table.differences()]
     notes += [line for line in [probe_line(records[0])] if line]
     return "\n".join([justified[0], "-" * max(map(len, justified)), *justified[1:], *notes])
