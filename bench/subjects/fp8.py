@@ -1,8 +1,9 @@
 """What fp8 could save at XL's shapes: the products of the block linears in bf16 and fp8, and the casts before them.
 
 A linear of a step is three products; the default recipe computes the output and the input's gradient in fp8 with a
-scale for each row, the weight's gradient in bf16.  Its casts read 16-bit numbers and write 8-bit ones: of the input in
-the forward pass, of the output's gradient in the backward pass.  (Weights are cast too, a hundredth of that.)
+scale for each row, the weight's gradient in bf16 (in fp8 it would need the columns cast too).  Its casts read 16-bit
+numbers and write 8-bit ones: of the input in the forward pass, of the output's gradient in the backward pass.
+(Weights are cast too, a hundredth of that.)
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def run(bench: Bench) -> None:
             return
         x, g, w = (torch.randn(shape, device=bench.device).bfloat16() for shape in ((rows, k), (rows, n), (n, k)))
         (x8, sx), (g8, sg), (w8, sw), (v8, sv) = (cast(t) for t in (x, g, w, w.t().contiguous()))
+        (gt8, sgt), (xt8, sxt) = (cast(t.t().contiguous()) for t in (g, x))
         one = torch.ones((), device=bench.device)
         calls: dict[str, Callable[[], object]] = {
             "output, bf16": lambda x=x, w=w: x @ w.t(),
@@ -51,6 +53,7 @@ def run(bench: Bench) -> None:
             "input's gradient, bf16": lambda g=g, w=w: g @ w,
             "input's gradient, fp8 rows": lambda a=g8, b=v8, s=sg, t=sv: product(a, b, s, t.t()),
             "weight's gradient, bf16": lambda g=g, x=x: g.t() @ x,
+            "weight's gradient, fp8 rows": lambda a=gt8, b=xt8, s=sgt, t=sxt: product(a, b, s, t.t()),
             "cast of the input": lambda x=x: compiled(x),
             "cast of the gradient": lambda g=g: compiled(g),
         }
