@@ -118,10 +118,9 @@ setup(
         "deepspeed": ["deepspeed>=0.19"],
         "dali": ["nvidia-dali-cuda130==2.4.*"],
         "imagenet": ["diffusers", "timm", "torchvision"],
-        "fp8": ["torchao"],
         "wandb": ["wandb"],
-        "dev": ["setuptools>=77", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["setuptools>=77", "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "torchao"],
         # what `make test` uses beside dev
-        "all": ["fastasync[fid,kernels,deepspeed,dali,imagenet,fp8]"],
+        "all": ["fastasync[fid,kernels,deepspeed,dali,imagenet]"],
     },
 )

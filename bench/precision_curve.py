@@ -5,8 +5,8 @@ the first seed, hence with the same images, times, noise and initial weights as 
 bf16 here when its loss differs from that of its twin by no more than the two bf16 seeds differ.  ``--runs`` adds
 others (``fp32:0``).  Every run continues where it was stopped.  Writes curve.csv and curve.png to ``--out`` as it goes.
 
-``--emulate`` rounds to fp8 as the GPU does and multiplies the rounded numbers at a higher precision (torchao's own
-emulation): it shows what rounding does to the loss, on any device, and nothing about speed.
+``--emulate`` rounds to fp8 as the GPU does, on any device: it shows what rounding does to the loss, and nothing about
+speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import csv
 import datetime
 import functools
-import importlib.metadata
 import json
 import math
 import statistics
@@ -52,7 +51,6 @@ class Point(NamedTuple):
     commit: str
     device: str
     torch: str
-    torchao: str
     preset: str
     size: str
     run: str
@@ -73,7 +71,7 @@ def configuration(options: argparse.Namespace, precision: str, seed: int) -> Con
 
 @contextlib.contextmanager
 def emulated(wanted: bool) -> Iterator[None]:
-    """fp8 of the training inside is torchao's emulation."""
+    """fp8 of the training inside runs on any device."""
     if wanted:
         with mock.patch.object(build, "use_fp8", functools.partial(build.use_fp8, emulate=True)):
             yield
@@ -149,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--steps", type=int, default=2000)
     top.add_argument("--schedule", default="offset:0.3", help="a fixed one (default offset:0.3)")
     top.add_argument("--runs", default=",".join(RUNS), help=f"precision:seed, ... (default {','.join(RUNS)})")
-    top.add_argument("--emulate", action="store_true", help="fp8 by torchao's emulation, on any device")
+    top.add_argument("--emulate", action="store_true", help="fp8 on any device, slowly")
     top.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="as in fastasync run")
     top.add_argument(
         "--out", type=Path, default=Path("runs/precision"), help="folder of the runs, the CSV, the picture"
@@ -161,13 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     runs = [(name.split(":")[0], int(name.split(":")[1])) for name in options.runs.split(",")]
     out, device = options.out, choose_device("auto")
-    if options.emulate:
-        torchao = f"{importlib.metadata.version('torchao')} emulated"
-    else:
-        torchao = importlib.metadata.version("torchao") if any(kind == "fp8" for kind, _ in runs) else "none"
     facts = [
         datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
-        *(commit(), device_name(device), torch.__version__, torchao, options.preset, options.size or "preset"),
+        *(commit(), device_name(device), torch.__version__, options.preset, options.size or "preset"),
     ]
     points: list[Point] = []
     base = next((f"{kind}:{seed}" for kind, seed in runs if kind == "bf16"), options.runs.split(",")[0])

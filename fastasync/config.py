@@ -114,7 +114,7 @@ class Train:
     clip: float = _number(0.0, 0.0)  # largest gradient norm; 0: no clipping
     ema: float = _number(0.9999, 0.0, 0.9999999)
     optimizer: str = _choice("auto", "auto", "fused", "torch", "apex")
-    precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # fp8: the block linears, through torchao
+    precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # fp8: the block linears
     compile: str = _choice("off", "off", "regional", "model")
     memory: str = _choice("auto", "auto", "none", "selective", "full")  # what is recomputed; auto: until it fits
     cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay the step; auto: where launches take most of it

@@ -14,6 +14,7 @@ import fastasync_kernels
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
+from fastasync_kernels.fp8_linear import fp8_linear
 from torch import Tensor, nn
 
 from fastasync.errors import UserError
@@ -87,18 +88,32 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class Linear(nn.Linear):
-    """A linear layer whose bias can be left to the operation that reads the result, for its gradient."""
+class BlockLinear(nn.Linear):
+    """A linear layer of a block.  ``fp8``: who casts for its three products in fp8, ``triton`` or ``reference``."""
+
+    fp8: str | None = None
+
+    def product(self, x: Tensor, bias: Tensor) -> Tensor:
+        if self.fp8 is None:
+            return F.linear(x, self.weight, bias)
+        return fp8_linear(x, self.weight, bias, self.fp8 == "triton")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+
+class Linear(BlockLinear):
+    """One whose bias can be left to the operation that reads the result, for its gradient."""
 
     def forward(self, x: Tensor, detach_bias: bool = False) -> Tensor:
-        return F.linear(x, self.weight, self.bias.detach() if detach_bias else self.bias)
+        return self.product(x, self.bias.detach() if detach_bias else self.bias)
 
 
 def project(linear: nn.Linear, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
     """``linear(x)``, and its bias if the next fused operation is to return the bias's gradient (otherwise None).
 
     A bias's gradient is a sum over all rows: PyTorch reads the whole tensor again for it, a kernel that writes the
-    tensor does not.  Linears that were replaced (fp8) keep their own.
+    tensor does not.
     """
     if ops.sum_bias and isinstance(linear, Linear) and torch.is_grad_enabled():
         return linear(x, detach_bias=True), linear.bias
@@ -137,7 +152,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         hidden = hidden_width(width, multiple)
         self.w12 = Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w3 = BlockLinear(hidden, width)
 
     def forward(self, h: Tensor, ops: Ops) -> Tensor:
         packed, bias = project(self.w12, h, ops)

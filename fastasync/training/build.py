@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from types import ModuleType
-from typing import Any
 
 import fastasync_kernels
 import torch
 from fastasync_kernels import attention
+from fastasync_kernels.reference import FP8_MULTIPLE
 
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
 from fastasync.distributed import session
-from fastasync.errors import UserError, require
+from fastasync.errors import UserError
 from fastasync.model import SIZES, LightningDiT, memory_estimate
-from fastasync.model.dit import Linear
+from fastasync.model.dit import BlockLinear, Linear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
 
 _log = logging.getLogger(__name__)
-# rows have scales; weight gradients stay in bf16: scaling columns too costs more time than their fp8 products save
-FP8_RECIPE = "rowwise_with_gw_hp"
-FP8_MULTIPLE = 16  # both sizes of a weight, or torch._scaled_mm refuses the product
 USABLE = 0.9  # share of the free memory that an estimate may fill
 
 
@@ -83,17 +79,11 @@ def choose_memory(memory: str, model: LightningDiT, batch: int, precision: str, 
     return RECOMPUTE[-1]
 
 
-def is_block_linear(module: torch.nn.Module, name: str) -> bool:
-    """Whether ``model.name`` is one of the linears that fp8 is for: qkv, proj, w12 and w3 of a block."""
-    return isinstance(module, torch.nn.Linear) and name.startswith("blocks.") and ".adaLN_modulation." not in name
-
-
 def check_training(config: Config, device: torch.device) -> None:
     """What `prepare_model` and the engine would refuse on ``device``, before any work.  Raises UserError."""
     train, model, representations = config.train, config.model, config.representations
     if train.precision == "fp8":
         check_fp8(device)
-        require("torchao.float8", "fp8")
     if train.optimizer == "apex":
         build_optimizer([torch.zeros(1, device=device)], train.optimizer)
     if model.attention != "auto":  # auto takes what there is
@@ -112,41 +102,38 @@ def check_fp8(device: torch.device) -> None:
         raise UserError("train.precision", "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
 
 
-def use_fp8(model: LightningDiT, device: torch.device, **changes: Any) -> None:
-    """Run the block linears' products, forward and backward, in fp8 with a scale for each row (torchao), in place.
+def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False) -> None:
+    """Run the block linears' products, forward and backward, in fp8 with a scale for each row, in place.
 
-    adaLN, embeddings, REPA and the final layer stay as they are, and so do the float32 weights.  Block linears with a
-    size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says so.
-    ``changes``: further fields of torchao's ``Float8LinearConfig``.  Raises UserError without torchao or a GPU that has
-    fp8 products.
+    adaLN, embeddings, REPA and the final layer stay as they are, and so do the names and shapes of the state dict.
+    Block linears with a size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says
+    so.
+    ``emulate``: on any device, slowly.  Raises UserError without a GPU that has fp8 products.
     """
-    if not changes.get("emulate"):
+    if not emulate:
         check_fp8(device)
-    float8 = require("torchao.float8", "fp8")
-    recipe = float8.Float8LinearConfig.from_recipe_name(FP8_RECIPE)
-    linears = {name: module for name, module in model.named_modules() if is_block_linear(module, name)}
-    fit = {name for name, linear in linears.items() if not any(n % FP8_MULTIPLE for n in linear.weight.shape)}
-    if len(fit) < len(linears):
-        odd = next(name for name in linears if name not in fit)
-        counts, shape = f"{len(linears) - len(fit)} of {len(linears)}", list(linears[odd].weight.shape)
-        _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd, shape)
-    float8.convert_to_float8_training(
-        model, config=dataclasses.replace(recipe, **changes), module_filter_fn=lambda _, name: name in fit
-    )
+    kind = "triton" if choose_ops(model.kernels, device).__name__.endswith("triton_ops") else "reference"
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, BlockLinear)}
+    odd = [name for name, linear in linears.items() if any(size % FP8_MULTIPLE for size in linear.weight.shape)]
+    if odd:
+        counts, shape = f"{len(odd)} of {len(linears)}", list(linears[odd[0]].weight.shape)
+        _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd[0], shape)
+    for name, linear in linears.items():
+        linear.fp8 = None if name in odd else kind
 
 
 def use_working_weights(model: LightningDiT, config: Config, device: torch.device) -> list[torch.Tensor] | None:
     """Keep in bf16 what autocast would cast to bf16 in every step; returns all float32 weights, for the optimizer.
 
     Only where the compiled AdamW updates them, which writes the bf16 weights in its one pass over the float32 ones: the
-    same numbers without the casts, of the weights and back of their gradients.  Changes nothing and returns None
-    elsewhere: without autocast; where gradients of several parts are summed, for which bf16 is too coarse; and with
-    fp8, which casts from float32.
+    same numbers without the casts, of the weights and back of their gradients (fp8 rounds weights twice then).  Changes
+    nothing and returns None elsewhere: without autocast, and where gradients of several parts are summed, for which
+    bf16 is too coarse.
     """
     train = config.train
     dtype = choose_autocast(train.precision, device)
     compiled = train.optimizer in ("auto", "fused") and library.load(device.type) is not None
-    if dtype is None or not compiled or train.accumulate > 1 or train.precision == "fp8":
+    if dtype is None or not compiled or train.accumulate > 1:
         return None
     masters = [p.detach() for p in model.parameters()]
     round_linears(model, dtype, training=True)

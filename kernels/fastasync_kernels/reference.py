@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 LABEL_DROPOUT_STREAM = 2  # of the generator, as 0 is the noise
+FP8, FP8_LARGEST = torch.float8_e4m3fn, 448.0
+FP8_MULTIPLE = 16  # torch._scaled_mm refuses other sizes
 _MASK = 0xFFFFFFFF
 # Philox-4x32 multipliers and key increments (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
@@ -265,3 +267,29 @@ def guided_update(
         base = v_weak.to(wide)
         velocity = base + per_channel(scale.to(wide), channels) * (velocity - base)
     return (x.to(wide) + per_channel(dtau.to(wide), channels) * velocity).to(x.dtype)
+
+
+def cast_rows(x: Tensor, tops: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x [M, C] in fp8: (e4m3 [M, C], what they were divided by, float32 [M, 1], the largest magnitude of each
+    column [C] with ``tops``, as the bits of float32 in int32, otherwise empty).  A row of zeros stays zeros.
+    """
+    wide = x.float()
+    scale, inverse = _fp8_scale(wide.abs().amax(1, keepdim=True))
+    top = wide.abs().amax(0) if tops else wide.new_empty(0)
+    return (wide * inverse).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale, top.view(torch.int32)
+
+
+def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of x [M, C] as rows in fp8: (e4m3 [C, M up to a multiple of 16, zeros last], float32 [C, 1]).
+
+    ``top``: of the same x, from ``cast_rows``.
+    """
+    scale, inverse = _fp8_scale(top.view(torch.float32))
+    cast = (x.float() * inverse).clamp(-FP8_LARGEST, FP8_LARGEST)
+    padded = torch.nn.functional.pad(cast, (0, 0, 0, -len(x) % FP8_MULTIPLE))
+    return padded.t().contiguous().to(FP8), scale[:, None]
+
+
+def _fp8_scale(top: Tensor) -> tuple[Tensor, Tensor]:
+    scale = top.clamp(min=1e-12) / FP8_LARGEST
+    return scale, 1.0 / scale

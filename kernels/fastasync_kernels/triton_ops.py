@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .adaln import gated_rmsnorm_modulate, rmsnorm_modulate
 from .flow_errors import corrected_loss, flow_errors
+from .fp8_casts import cast_columns, cast_rows
 from .guided_update import guided_update
 from .label_dropout import drop_labels
 from .noising import noising
@@ -16,6 +17,8 @@ from .reference import draw_noise, per_channel, philox, philox_normal, philox_un
 from .swiglu import swiglu
 
 __all__ = [
+    "cast_columns",
+    "cast_rows",
     "corrected_loss",
     "draw_noise",
     "drop_labels",

@@ -11,9 +11,7 @@ from fastasync.training import build
 
 
 def points(name, losses):
-    return [
-        Point("d", "c", "cpu", "t", "a", "digits", "preset", name, 10 * (i + 1), x, 1.0) for i, x in enumerate(losses)
-    ]
+    return [Point("d", "c", "cpu", "t", "digits", "preset", name, 10 * (i + 1), x, 1.0) for i, x in enumerate(losses)]
 
 
 def test_difference_of_twins():
@@ -46,7 +44,6 @@ def test_emulation_ends(monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
-    pytest.importorskip("torchao.float8")
     few = ["--set", "representations.encoder_steps=5", "--set", "representations.semvae_steps=5"]
     small = ["--set", "train.batch=8", "--set", "train.warmup=5", *few]
     command = ["--preset", "digits", "--steps", "20", "--emulate", "--out", str(tmp_path), *small]

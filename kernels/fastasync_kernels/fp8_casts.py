@@ -1,0 +1,179 @@
+"""Casts to fp8 (e4m3) for the products of linears, of rows and of columns; what for: ``fp8_linear``.
+
+With s the largest magnitude of a row (a column) over 448: ``cast = round(x / s)``, by multiplying with 1 / s.
+
+A tensor that is needed both ways is read twice: one pass casts its rows and finds the largest magnitude of each column,
+the next writes its columns, transposed, since the products read both factors along the axis that they sum over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
+from ._rows import check_unit_stride, head_and_tail
+from .reference import FP8, FP8_MULTIPLE
+
+ROWS = Launch(chunk=64, rows=4)
+COLUMNS = Launch(rows=128, columns=64, warps=4)
+
+
+@triton.jit
+def _scale(top):
+    """The largest magnitude -> what a row is divided by, and its reciprocal.  A row of zeros stays zeros."""
+    scale = tl.div_rn(tl.maximum(top, 1e-12), 448.0)
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _cast_rows_kernel(
+    x_ptr, out_ptr, scale_ptr, top_ptr, rows, x_row,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
+):  # fmt: skip
+    c0 = tl.arange(0, HEAD)[None, :]
+    c1 = HEAD + tl.arange(0, TAIL)[None, :]
+    top0 = tl.zeros([HEAD], tl.float32)
+    top1 = tl.zeros([TAIL], tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        row = tl.program_id(0) * CHUNK + start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None]
+        source = x_ptr + row.to(tl.int64)[:, None] * x_row
+        target = out_ptr + row.to(tl.int64)[:, None] * C
+        x0 = tl.load(source + c0, inside, 0.0).to(tl.float32)
+        x1 = tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32)
+        scale, inverse = _scale(tl.maximum(tl.max(tl.abs(x0), 1), tl.max(tl.abs(x1), 1)))
+        tl.store(target + c0, (x0 * inverse[:, None]).to(out_ptr.dtype.element_ty), inside)
+        tl.store(target + c1, (x1 * inverse[:, None]).to(out_ptr.dtype.element_ty), inside & (c1 < C))
+        tl.store(scale_ptr + row, scale, row < rows)
+        if TOPS:
+            top0 = tl.maximum(top0, tl.max(tl.abs(x0), 0))
+            top1 = tl.maximum(top1, tl.max(tl.abs(x1), 0))
+    if TOPS:  # magnitudes are ordered as their bits are, and a maximum does not depend on the order
+        column = tl.arange(0, HEAD)
+        tl.atomic_max(top_ptr + column, top0.to(tl.int32, bitcast=True))
+        column = HEAD + tl.arange(0, TAIL)
+        tl.atomic_max(top_ptr + column, top1.to(tl.int32, bitcast=True), column < C)
+
+
+@triton.jit
+def _cast_columns_kernel(
+    x_ptr, top_ptr, out_ptr, scale_ptr, rows, x_row, out_row,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    parts: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0) // parts
+    row = block * ROWS + tl.arange(0, ROWS)
+    scale, inverse = _scale(tl.load(top_ptr + column, column < C, 0).to(tl.float32, bitcast=True))
+    if block == 0:
+        tl.store(scale_ptr + column, scale, column < C)
+    source = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
+    x = tl.load(source, (row < rows)[:, None] & (column < C)[None, :], 0.0).to(tl.float32)
+    y = tl.trans((x * inverse[None, :]).to(out_ptr.dtype.element_ty))
+    target = out_ptr + column.to(tl.int64)[:, None] * out_row + row[None, :]
+    tl.store(target, y, (column < C)[:, None] & (row < out_row)[None, :])
+
+
+def _check(x: Tensor) -> None:
+    check_tensor("x", x, FLOATS, (-1, -1))
+    check_unit_stride("x", x)
+    if x.shape[1] < 2:
+        raise ValueError(f"x has {x.shape[1]} columns: at least 2 are needed")
+
+
+def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
+    scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=FP8), scale, x.new_zeros(x.shape[1] if tops else 0, dtype=torch.int32)
+
+
+def _rows_meta(width: int) -> dict[str, Any]:
+    head, tail = head_and_tail(width)
+    rows = max(1, ROWS.rows * 1024 // head)
+    return {"C": width, "HEAD": head, "TAIL": tail, "CHUNK": max(ROWS.chunk, rows), "ROWS": rows}
+
+
+def _rows_warps(width: int) -> int:
+    return 8 if width > 2048 else 4
+
+
+@torch.library.custom_op("fastasync::cast_rows", mutates_args=())
+def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x)
+    out, scale, top = _empty_rows(x, tops)
+    meta = _rows_meta(x.shape[1])
+    if len(x):
+        with on_device(x):
+            _cast_rows_kernel[(triton.cdiv(len(x), meta["CHUNK"]),)](
+                x, out, scale, top, len(x), x.stride(0), TOPS=tops, **meta, **ROWS.options(_rows_warps(x.shape[1])),
+            )  # fmt: skip
+    return out, scale, top
+
+
+@_cast_rows.register_fake
+def _(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_rows(x, tops)
+
+
+def _empty_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = -(-x.shape[0] // FP8_MULTIPLE) * FP8_MULTIPLE
+    return x.new_empty((x.shape[1], rows), dtype=FP8), x.new_empty((x.shape[1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastasync::cast_columns", mutates_args=())
+def _cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    _check(x)
+    check_tensor("top", top, (torch.int32,), (x.shape[1],), x.device)
+    out, scale = _empty_columns(x)
+    rows, columns = COLUMNS.rows, COLUMNS.columns
+    if len(x):
+        with on_device(x):
+            _cast_columns_kernel[(triton.cdiv(len(x), rows) * triton.cdiv(x.shape[1], columns),)](
+                x, top, out, scale, len(x), x.stride(0), out.stride(0),
+                C=x.shape[1], ROWS=rows, COLUMNS=columns, **COLUMNS.options(4),
+            )  # fmt: skip
+    return out, scale
+
+
+@_cast_columns.register_fake
+def _(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_columns(x)
+
+
+def cast_rows(x: Tensor, tops: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x [M, C] in e4m3 [M, C], what they were divided by [M, 1] float32, and with ``tops`` the largest
+    magnitude of each column [C], the bits of float32 as int32 (otherwise empty).
+
+    x: float16, bfloat16 or float32 (TypeError), unit stride over C (ValueError).
+    """
+    return _cast_rows(x, tops)
+
+
+def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of x [M, C] as rows in e4m3 [C, M up to a multiple of 16, zeros last], and their divisors [C, 1] float32.
+
+    ``top``: of the same x, from ``cast_rows``.
+    """
+    return _cast_columns(x, top)
+
+
+def _offline() -> list[OfflineCase]:
+    cases = []
+    for kind in ("*bf16", "*fp32"):
+        for width in (1152, 3456, 6144):
+            signature = {"x_ptr": kind, "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "top_ptr": "*i32"}
+            signature |= {"rows": "i32", "x_row": "i32"}
+            meta = {**_rows_meta(width), "TOPS": True}
+            cases.append(OfflineCase(_cast_rows_kernel, signature, meta, _rows_warps(width), ("x_row",)))
+            meta = {"C": width, "ROWS": COLUMNS.rows, "COLUMNS": COLUMNS.columns}
+            signature = signature | {"out_row": "i32"}
+            cases.append(OfflineCase(_cast_columns_kernel, signature, meta, COLUMNS.warps, ("x_row", "out_row")))
+    return cases
+
+
+OFFLINE = _offline()
