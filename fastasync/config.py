@@ -165,6 +165,7 @@ class Sample:
     guidance_interval: tuple[float, ...] = (0.0, 1.0)  # of local time
     weak_checkpoint: str = ""  # AutoGuidance's weak model
     ema: bool = True
+    precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # auto: training's, bf16 after fp8
     seed: int = _number(0, 0, 2**63 - 1)
 
 
@@ -207,6 +208,12 @@ class Config:
     def to_yaml(self) -> str:
         """The text of config.yaml."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+
+    @property
+    def sampling_precision(self) -> str:
+        """Of sampling: its field, or for "auto" training's, with bf16 in the place of fp8."""
+        chosen = self.train.precision if self.sample.precision == "auto" else self.sample.precision
+        return "bf16" if self.sample.precision == "auto" and chosen == "fp8" else chosen
 
     @property
     def loss_weights(self) -> tuple[float, ...]:

@@ -36,7 +36,15 @@ from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
 from fastasync.throughput import expected_hours
 from fastasync.training import build_model, checkpoint, load_model, train
-from fastasync.training.build import check_training, choose_autocast, choose_device, choose_ops, round_linears
+from fastasync.training.build import (
+    check_fp8,
+    check_training,
+    choose_autocast,
+    choose_device,
+    choose_ops,
+    round_linears,
+    use_fp8,
+)
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -101,6 +109,8 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
     if "learned" in schedules and "probe" in stages:
         probe_plan(config, planned_flops(config), selection_flops)
+    if config.sampling_precision == "fp8" and "sample" in stages:
+        check_fp8(choose_device(config.train.device), "sample.precision")
     if config.sample.guidance == "autoguidance" and "sample" in stages:
         weak = Path(config.sample.weak_checkpoint)
         if not weak.exists():
@@ -216,9 +226,11 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
 
     ``statistics``: fingerprint of the latents' statistics, which a weak run must share.
     """
-    sample, dtype = config.sample, choose_autocast(config.train.precision, device)
+    sample, dtype = config.sample, choose_autocast(config.sampling_precision, device)
 
     def autocast(network: Any) -> Any:
+        if config.sampling_precision == "fp8":
+            use_fp8(network, device, frozen=True)
         if dtype is not None:
             round_linears(network, dtype)
 
@@ -275,13 +287,11 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
     if loaded.info.statistics != inputs.statistics_fingerprint:
         what = f"statistics {inputs.statistics_fingerprint[:12]}, the checkpoint has {loaded.info.statistics[:12]}"
         raise UserError(str(run.prepared), what, "bring back the latents that it was trained on, or use another --out")
-    model.choose_attention(
-        sample.batch, choose_autocast(config.train.precision, device) or torch.float32, gradient=False
-    )
+    dtype = choose_autocast(config.sampling_precision, device)
+    model.choose_attention(sample.batch, dtype or torch.float32, gradient=False)
     velocity, guidance = _velocity(config, model, device, inputs.statistics_fingerprint)
     ops = choose_ops(config.model.kernels, device)
     classes = sample.classes or tuple(range(config.model.classes))
-    dtype = choose_autocast(config.train.precision, device)
     folders = []
     for steps in sample.steps if sample.integrator != "dopri5" else sample.steps[:1]:
 
@@ -316,7 +326,8 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
             "steps": steps,
             "guidance": guidance,
             "labels": sample.labels,
-            "precision": "bf16 autocast" if dtype is torch.bfloat16 else "fp32",
+            "precision": ("fp8, " if config.sampling_precision == "fp8" else "")
+            + ("fp32" if dtype is None else "bf16 autocast"),
             "seed": sample.seed,
             "checkpoint_step": loaded.info.step,
             "ema": config.train.ema if sample.ema else 0.0,

@@ -48,8 +48,8 @@ def run(bench: Bench) -> None:
         try:
             model = build_model(config).to(bench.device).eval().requires_grad_(False)
             if config.train.precision == "fp8":
-                use_fp8(model, bench.device)
-            elif dtype is not None and name.startswith("ours"):
+                use_fp8(model, bench.device, frozen=True)
+            if dtype is not None and name.startswith("ours"):
                 round_linears(model, dtype)
             model.choose_attention(batch, dtype or torch.float32, gradient=False)
             compile_in_place(model, config.train.compile)

@@ -14,7 +14,7 @@ import fastasync_kernels
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
-from fastasync_kernels.fp8_linear import fp8_linear
+from fastasync_kernels.fp8_linear import Fp8Rows, fp8_linear, frozen_linear
 from torch import Tensor, nn
 
 from fastasync.errors import UserError
@@ -89,13 +89,19 @@ class RMSNorm(nn.Module):
 
 
 class BlockLinear(nn.Linear):
-    """A linear layer of a block.  ``fp8``: who casts for its three products in fp8, ``triton`` or ``reference``."""
+    """A linear layer of a block.
+
+    ``fp8``: who casts for its three products in fp8, ``triton`` or ``reference``; ``frozen``: its weight, cast once.
+    """
 
     fp8: str | None = None
+    frozen: Fp8Rows | None = None
 
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
         if self.fp8 is None:
             return F.linear(x, self.weight, bias)
+        if self.frozen is not None and not torch.is_grad_enabled():
+            return frozen_linear(x, self.frozen, bias, self.fp8 == "triton")
         return fp8_linear(x, self.weight, bias, self.fp8 == "triton")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from types import ModuleType
 import fastasync_kernels
 import torch
 from fastasync_kernels import attention
+from fastasync_kernels.fp8_linear import frozen_rows
 from fastasync_kernels.reference import FP8_MULTIPLE
 
 from fastasync.config import Config
@@ -96,19 +97,20 @@ def check_training(config: Config, device: torch.device) -> None:
             raise UserError("model.attention", model.attention, str(error)) from None
 
 
-def check_fp8(device: torch.device) -> None:
-    """Raises UserError unless ``device`` is a GPU that has fp8 products."""
+def check_fp8(device: torch.device, field: str = "train.precision") -> None:
+    """Raises UserError, naming ``field``, unless ``device`` is a GPU that has fp8 products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError("train.precision", "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
+        raise UserError(field, "fp8", f"needs a GPU with fp8 products (H100, L4 or newer), not {device}")
 
 
-def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False) -> None:
+def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, frozen: bool = False) -> None:
     """Run the block linears' products, forward and backward, in fp8 with a scale for each row, in place.
 
     adaLN, embeddings, REPA and the final layer stay as they are, and so do the names and shapes of the state dict.
     Block linears with a size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says
     so.
-    ``emulate``: on any device, slowly.  Raises UserError without a GPU that has fp8 products.
+    ``emulate``: on any device, slowly.  ``frozen``: the weights, where they are now, change no more; they are cast once,
+    for passes without gradients.  Raises UserError without a GPU that has fp8 products.
     """
     if not emulate:
         check_fp8(device)
@@ -120,6 +122,8 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False) ->
         _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd[0], shape)
     for name, linear in linears.items():
         linear.fp8 = None if name in odd else kind
+        if frozen and linear.fp8:
+            linear.frozen = frozen_rows(linear.weight, kind == "triton")
 
 
 def use_working_weights(model: LightningDiT, config: Config, device: torch.device) -> list[torch.Tensor] | None:

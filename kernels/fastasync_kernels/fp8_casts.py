@@ -19,27 +19,28 @@ from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail
 from .reference import FP8, FP8_MULTIPLE
 
-ROWS = Launch(chunk=64, rows=4)
-COLUMNS = Launch(rows=128, columns=64, warps=4)
+ROWS = Launch(chunk=64, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
+COLUMNS = Launch(rows=256, columns=64, warps=8)
+TOPS = Launch(rows=128, columns=32, warps=4)
 
 
 @triton.jit
 def _scale(top):
     """The largest magnitude -> what a row is divided by, and its reciprocal.  A row of zeros stays zeros."""
-    scale = tl.div_rn(tl.maximum(top, 1e-12), 448.0)
+    scale = tl.maximum(top, 1e-12) * (1 / 448)
     return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit
 def _cast_rows_kernel(
-    x_ptr, out_ptr, scale_ptr, top_ptr, rows, x_row,
+    x_ptr, out_ptr, scale_ptr, part_ptr, rows, x_row,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     TOPS: tl.constexpr,
 ):  # fmt: skip
     c0 = tl.arange(0, HEAD)[None, :]
     c1 = HEAD + tl.arange(0, TAIL)[None, :]
-    top0 = tl.zeros([HEAD], tl.float32)
-    top1 = tl.zeros([TAIL], tl.float32)
+    top0 = tl.zeros([ROWS, HEAD], tl.float32)
+    top1 = tl.zeros([ROWS, TAIL], tl.float32)
     for start in range(0, CHUNK, ROWS):
         row = tl.program_id(0) * CHUNK + start + tl.arange(0, ROWS)
         inside = (row < rows)[:, None]
@@ -52,13 +53,24 @@ def _cast_rows_kernel(
         tl.store(target + c1, (x1 * inverse[:, None]).to(out_ptr.dtype.element_ty), inside & (c1 < C))
         tl.store(scale_ptr + row, scale, row < rows)
         if TOPS:
-            top0 = tl.maximum(top0, tl.max(tl.abs(x0), 0))
-            top1 = tl.maximum(top1, tl.max(tl.abs(x1), 0))
-    if TOPS:  # magnitudes are ordered as their bits are, and a maximum does not depend on the order
-        column = tl.arange(0, HEAD)
-        tl.atomic_max(top_ptr + column, top0.to(tl.int32, bitcast=True))
+            top0 = tl.maximum(top0, tl.abs(x0))
+            top1 = tl.maximum(top1, tl.abs(x1))
+    if TOPS:
+        part = part_ptr + tl.program_id(0).to(tl.int64) * C
+        tl.store(part + tl.arange(0, HEAD), tl.max(top0, 0))
         column = HEAD + tl.arange(0, TAIL)
-        tl.atomic_max(top_ptr + column, top1.to(tl.int32, bitcast=True), column < C)
+        tl.store(part + column, tl.max(top1, 0), column < C)
+
+
+@triton.jit
+def _tops_kernel(part_ptr, out_ptr, parts, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.arange(0, ROWS)
+    top = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, parts, ROWS):
+        place = part_ptr + (start + row).to(tl.int64)[:, None] * C + column[None, :]
+        top = tl.maximum(top, tl.load(place, (start + row < parts)[:, None] & (column < C)[None, :], 0.0))
+    tl.store(out_ptr + column, tl.max(top, 0), column < C)
 
 
 @triton.jit
@@ -70,7 +82,7 @@ def _cast_columns_kernel(
     column = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // parts
     row = block * ROWS + tl.arange(0, ROWS)
-    scale, inverse = _scale(tl.load(top_ptr + column, column < C, 0).to(tl.float32, bitcast=True))
+    scale, inverse = _scale(tl.load(top_ptr + column, column < C, 0.0))
     if block == 0:
         tl.store(scale_ptr + column, scale, column < C)
     source = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
@@ -89,29 +101,32 @@ def _check(x: Tensor) -> None:
 
 def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=FP8), scale, x.new_zeros(x.shape[1] if tops else 0, dtype=torch.int32)
+    return x.new_empty(x.shape, dtype=FP8), scale, x.new_empty(x.shape[1] if tops else 0, dtype=torch.float32)
 
 
 def _rows_meta(width: int) -> dict[str, Any]:
     head, tail = head_and_tail(width)
-    rows = max(1, ROWS.rows * 1024 // head)
+    rows = max(1, ROWS.columns // (head + tail))
+    rows = 1 << (rows.bit_length() - 1)
     return {"C": width, "HEAD": head, "TAIL": tail, "CHUNK": max(ROWS.chunk, rows), "ROWS": rows}
-
-
-def _rows_warps(width: int) -> int:
-    return 8 if width > 2048 else 4
 
 
 @torch.library.custom_op("fastasync::cast_rows", mutates_args=())
 def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
     out, scale, top = _empty_rows(x, tops)
-    meta = _rows_meta(x.shape[1])
-    if len(x):
-        with on_device(x):
-            _cast_rows_kernel[(triton.cdiv(len(x), meta["CHUNK"]),)](
-                x, out, scale, top, len(x), x.stride(0), TOPS=tops, **meta, **ROWS.options(_rows_warps(x.shape[1])),
-            )  # fmt: skip
+    width, meta = x.shape[1], _rows_meta(x.shape[1])
+    programs = triton.cdiv(len(x), meta["CHUNK"])
+    parts = x.new_empty((programs, width) if tops else 0, dtype=torch.float32)
+    with on_device(x):
+        if programs:
+            _cast_rows_kernel[(programs,)](
+                x, out, scale, parts, len(x), x.stride(0), TOPS=tops, **meta, **ROWS.options(4)
+            )
+        if tops:
+            _tops_kernel[(triton.cdiv(width, TOPS.columns),)](
+                parts, top, programs, C=width, ROWS=TOPS.rows, COLUMNS=TOPS.columns, **TOPS.options(4)
+            )
     return out, scale, top
 
 
@@ -128,7 +143,7 @@ def _empty_columns(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("fastasync::cast_columns", mutates_args=())
 def _cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     _check(x)
-    check_tensor("top", top, (torch.int32,), (x.shape[1],), x.device)
+    check_tensor("top", top, (torch.float32,), (x.shape[1],), x.device)
     out, scale = _empty_columns(x)
     rows, columns = COLUMNS.rows, COLUMNS.columns
     if len(x):
@@ -147,7 +162,7 @@ def _(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 
 def cast_rows(x: Tensor, tops: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x [M, C] in e4m3 [M, C], what they were divided by [M, 1] float32, and with ``tops`` the largest
-    magnitude of each column [C], the bits of float32 as int32 (otherwise empty).
+    magnitude of each column [C] float32 (otherwise empty).
 
     x: float16, bfloat16 or float32 (TypeError), unit stride over C (ValueError).
     """
@@ -166,14 +181,17 @@ def _offline() -> list[OfflineCase]:
     cases = []
     for kind in ("*bf16", "*fp32"):
         for width in (1152, 3456, 6144):
-            signature = {"x_ptr": kind, "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "top_ptr": "*i32"}
-            signature |= {"rows": "i32", "x_row": "i32"}
+            signature = {"x_ptr": kind, "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "rows": "i32", "x_row": "i32"}
             meta = {**_rows_meta(width), "TOPS": True}
-            cases.append(OfflineCase(_cast_rows_kernel, signature, meta, _rows_warps(width), ("x_row",)))
+            cases.append(
+                OfflineCase(_cast_rows_kernel, signature | {"part_ptr": "*fp32"}, meta, ROWS.warps, ("x_row",))
+            )
+            signature |= {"top_ptr": "*fp32", "out_row": "i32"}
             meta = {"C": width, "ROWS": COLUMNS.rows, "COLUMNS": COLUMNS.columns}
-            signature = signature | {"out_row": "i32"}
             cases.append(OfflineCase(_cast_columns_kernel, signature, meta, COLUMNS.warps, ("x_row", "out_row")))
-    return cases
+    signature = {"part_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32"}
+    meta = {"C": 1152, "ROWS": TOPS.rows, "COLUMNS": TOPS.columns}
+    return [*cases, OfflineCase(_tops_kernel, signature, meta, TOPS.warps)]
 
 
 OFFLINE = _offline()

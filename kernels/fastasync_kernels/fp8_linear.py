@@ -75,6 +75,18 @@ def _ops(triton: bool) -> ModuleType:
     return reference
 
 
+def frozen_rows(weight: Tensor, triton: bool = True) -> Fp8Rows:
+    """What ``frozen_linear`` needs of a weight [N, K] that no longer changes."""
+    return Fp8Rows(*_ops(triton).cast_rows(weight.detach())[:2])
+
+
+def frozen_linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None, triton: bool = True) -> Tensor:
+    """``fp8_linear`` of a weight that was cast before, without gradients."""
+    rows = Fp8Rows(*_ops(triton).cast_rows(x.flatten(0, -2))[:2])
+    y = product(rows, weight, None if bias is None else bias.to(torch.bfloat16))
+    return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bool = True) -> Tensor:
     """``x w^T + bias`` and its gradients in fp8: x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype.
 

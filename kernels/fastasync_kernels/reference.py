@@ -270,13 +270,13 @@ def guided_update(
 
 
 def cast_rows(x: Tensor, tops: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x [M, C] in fp8: (e4m3 [M, C], what they were divided by, float32 [M, 1], the largest magnitude of each
-    column [C] with ``tops``, as the bits of float32 in int32, otherwise empty).  A row of zeros stays zeros.
+    """Rows of x [M, C] in fp8: (e4m3 [M, C], what they were divided by, float32 [M, 1], with ``tops`` the largest
+    magnitude of each column, float32 [C], otherwise empty).  A row of zeros stays zeros.
     """
     wide = x.float()
     scale, inverse = _fp8_scale(wide.abs().amax(1, keepdim=True))
     top = wide.abs().amax(0) if tops else wide.new_empty(0)
-    return (wide * inverse).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale, top.view(torch.int32)
+    return (wide * inverse).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale, top
 
 
 def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,12 +284,12 @@ def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
 
     ``top``: of the same x, from ``cast_rows``.
     """
-    scale, inverse = _fp8_scale(top.view(torch.float32))
+    scale, inverse = _fp8_scale(top)
     cast = (x.float() * inverse).clamp(-FP8_LARGEST, FP8_LARGEST)
     padded = torch.nn.functional.pad(cast, (0, 0, 0, -len(x) % FP8_MULTIPLE))
     return padded.t().contiguous().to(FP8), scale[:, None]
 
 
 def _fp8_scale(top: Tensor) -> tuple[Tensor, Tensor]:
-    scale = top.clamp(min=1e-12) / FP8_LARGEST
+    scale = top.clamp(min=1e-12) * (1 / FP8_LARGEST)
     return scale, 1.0 / scale
