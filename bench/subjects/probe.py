@@ -9,30 +9,27 @@ from bench.subjects.step import build
 from bench.workload import configuration, latents, learned_schedule
 from fastasync.model import forward_flops, train_flops
 from fastasync.probe.budget import plan_probe
-from fastasync.probe.network import build_probe
+from fastasync.probe.network import Trainer, autocast, build_probe, surface_step
+from fastasync.training.graph import Part
 
 
 def run(bench: Bench) -> None:
     size, batch = ("tiny", 8) if bench.small else ("XL", 256)
-    config = configuration(size, batch, "ours eager")
+    config = configuration(size, batch, "ours eager" if bench.small else "ours regional")
     probe = build_probe(config, bench.device)
     z, y, _ = latents(config, bench.device, 1)[0]
     tau = torch.rand(batch, len(config.representations.names), device=bench.device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-4)
-    half = bench.device.type == "cuda"
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(bench.device.type, torch.bfloat16, enabled=half):
-            return probe(z, tau, y)  # type: ignore[return-value]
+    trainer, half = Trainer(probe, config.probe.lr, config.train.steps), bench.device.type == "cuda"
+    advance = surface_step(probe, trainer, config, bench.device)
 
     def train() -> None:
-        optimizer.zero_grad()
-        forward().square().mean().backward()
-        optimizer.step()
+        trainer.prepare()
+        advance(trainer.done, [Part(z, y, tau, tau)])
+        trainer.average_weights()
 
     def sample() -> None:
-        with torch.no_grad():
-            forward()
+        with torch.no_grad(), autocast(bench.device):
+            probe(z, tau, y)
 
     works = build(bench, "probe", size, batch, ("ours eager" if bench.small else "ours regional",))
     calls = {"probe step": train, "probe forward": sample}

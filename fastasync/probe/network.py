@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -167,6 +167,35 @@ def check_finite(loss: float, step: int) -> None:
         raise UserError("probe.lr", None, f"the probe's loss is {loss} at step {step}: use a smaller learning rate")
 
 
+def surface_step(
+    model: LightningDiT, trainer: Trainer, config: Config, device: torch.device | str
+) -> Callable[[int, Sequence[Part]], tuple[Tensor]]:
+    """What the device does in one of the probe's steps: (step, [latents, labels, local times]) -> the loss.
+
+    On CUDA recorded where it is bound by launches, otherwise compiled unless ``train.compile`` is off.
+    """
+    channels, seed, batch = config.representations.channels, config.probe.seed, config.probe.batch
+    ops = fastasync_kernels.select(config.model.kernels, device)
+    network: Any = model
+    cuda = torch.device(device).type == "cuda"
+    recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * batch)
+    if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
+        shorten_compiler_messages()
+        network = torch.compile(model)
+    samples = torch.arange(batch, device=device)
+
+    def compute(step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor]:
+        z, y, tau = parts[0][:3]
+        y = drop_some(ops, y, config, step, samples)
+        with autocast(device):
+            v = network(ops.noising(z, tau, channels, seed, step, samples), tau, y)
+        loss = ops.flow_errors(v, z, channels, seed, step, samples)[0].sum(1).mean()
+        trainer.update(loss)
+        return (loss.detach(),)
+
+    return GraphedStep(compute, torch.device(device)) if recorded else compute  # type: ignore[return-value]
+
+
 def train_surface_probe(
     model: LightningDiT,
     config: Config,
@@ -183,28 +212,10 @@ def train_surface_probe(
     loss.
     """
     probe, channels = config.probe, config.representations.channels
-    ops = fastasync_kernels.select(config.model.kernels, device)
     trainer = Trainer(model.train(), probe.lr, steps)
     if states is not None and (kept := states.load()) is not None:
         trainer.restore(kept)
-    network: Any = model
-    cuda = torch.device(device).type == "cuda"
-    recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * probe.batch)
-    if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
-        shorten_compiler_messages()
-        network = torch.compile(model)
-    samples = torch.arange(probe.batch, device=device)
-
-    def compute(step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor]:
-        z, y, tau = parts[0][:3]
-        y = drop_some(ops, y, config, step, samples)
-        with autocast(device):
-            v = network(ops.noising(z, tau, channels, probe.seed, step, samples), tau, y)
-        loss = ops.flow_errors(v, z, channels, probe.seed, step, samples)[0].sum(1).mean()
-        trainer.update(loss)
-        return (loss.detach(),)
-
-    run: Any = GraphedStep(compute, torch.device(device)) if recorded else compute
+    run = surface_step(model, trainer, config, device)
     begin = trainer.done
     bar = tqdm(range(begin, steps), desc="probe", unit="step", initial=begin, total=steps, disable=not progress)
     value = float("nan")

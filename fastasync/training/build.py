@@ -109,7 +109,7 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, fr
     adaLN, embeddings, REPA and the final layer stay as they are, and so do the names and shapes of the state dict.
     Block linears with a size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says
     so.
-    ``emulate``: on any device, slowly.  ``frozen``: the weights, where they are now, change no more; they are cast once,
+    ``emulate``: on any device, slowly.  ``frozen``: the weights, on their device, change no more: they are cast once,
     for passes without gradients.  Raises UserError without a GPU that has fp8 products.
     """
     if not emulate:

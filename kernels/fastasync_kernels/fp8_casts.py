@@ -19,7 +19,7 @@ from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail
 from .reference import FP8, FP8_MULTIPLE
 
-ROWS = Launch(chunk=64, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
+ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
 COLUMNS = Launch(rows=256, columns=64, warps=8)
 TOPS = Launch(rows=128, columns=32, warps=4)
 

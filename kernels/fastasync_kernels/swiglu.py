@@ -7,6 +7,9 @@ Backward, from the input alone (s is recomputed, nothing but the input is kept),
 The gradient of the bias of the linear before it, the sum of [da, db] over all rows, is taken on the way: one partial
 sum for every ``chunk`` rows, then a sum over those, always in the same order.
 
+For linears in fp8 (``fp8_mlp``) both directions can also give the largest magnitudes of what they write: of each row,
+one number for every block of columns, and of each column, one for every chunk of rows.
+
 Computed in float32 and rounded once (the reference rounds silu(a) first).  bfloat16, float16 and float32; float64 is
 refused (use the reference).
 """
@@ -24,6 +27,7 @@ from .column_sums import column_sums
 # 3 x 1024 columns are XL's width exactly; a program takes one block of rows, and with the sums of a bias many
 FORWARD = BACKWARD = Launch(chunk=64 if INTERPRET else 4, rows=64 if INTERPRET else 4, columns=1024, warps=4)
 BIAS_BACKWARD = Launch(chunk=64, rows=64 if INTERPRET else 2, stages=3, columns=1024, warps=4)
+TOPS_FORWARD = Launch(chunk=64, rows=64 if INTERPRET else 4, stages=3, columns=1024, warps=4)
 
 
 @triton.jit
@@ -34,15 +38,31 @@ def _place(F: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(packed_ptr, out_ptr, rows, packed_row, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    chunk, column = _place(F, ROWS, COLUMNS)
-    row = chunk * ROWS + tl.arange(0, ROWS)[:, None]
-    column = column[None, :]
-    inside = (row < rows) & (column < F)
-    source = packed_ptr + row * packed_row + column
-    a = tl.load(source, inside, 0.0).to(tl.float32)
-    b = tl.load(source + F, inside, 0.0).to(tl.float32)
-    tl.store(out_ptr + row * F + column, (a * tl.sigmoid(a) * b).to(out_ptr.dtype.element_ty), inside)
+def _forward_kernel(
+    packed_ptr, out_ptr, row_top_ptr, top_ptr, rows, packed_row,
+    F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOPS: tl.constexpr, CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    chunk, columns = _place(F, CHUNK, COLUMNS)
+    column = columns[None, :]
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    if TOPS:
+        top = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
+        row = chunk * CHUNK + start + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (column < F)
+        source = packed_ptr + row[:, None] * packed_row + column
+        a = tl.load(source, inside, 0.0).to(tl.float32)
+        b = tl.load(source + F, inside, 0.0).to(tl.float32)
+        out = (a * tl.sigmoid(a) * b).to(kind)
+        tl.store(out_ptr + row[:, None] * F + column, out, inside)
+        if TOPS:
+            size = tl.abs(out.to(tl.float32))
+            tl.store(row_top_ptr + row * blocks + tl.program_id(0) % blocks, tl.max(size, 1), row < rows)
+            top = tl.maximum(top, size)
+    if TOPS:
+        tl.store(top_ptr + chunk * F + columns, tl.max(top, 0), columns < F)
 
 
 @triton.jit
@@ -51,6 +71,8 @@ def _backward_kernel(
     dout_ptr,
     dpacked_ptr,
     partial_ptr,
+    row_top_ptr,
+    top_ptr,
     rows,
     packed_row,
     dout_row,
@@ -58,17 +80,23 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
+    TOPS: tl.constexpr,
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    blocks: tl.constexpr = (F + COLUMNS - 1) // COLUMNS
     chunk, columns = _place(F, CHUNK, COLUMNS)
     column = columns[None, :]
     kind: tl.constexpr = dpacked_ptr.dtype.element_ty
     if BIAS:
         a_sum = tl.zeros([COLUMNS], tl.float32)
         b_sum = tl.zeros([COLUMNS], tl.float32)
+    if TOPS:
+        a_top = tl.zeros([ROWS, COLUMNS], tl.float32)
+        b_top = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, CHUNK, ROWS, num_stages=STAGES):
-        row = chunk * CHUNK + start + tl.arange(0, ROWS)[:, None]
+        rows_here = chunk * CHUNK + start + tl.arange(0, ROWS)
+        row = rows_here[:, None]
         inside = (row < rows) & (column < F)
         source = packed_ptr + row * packed_row + column
         a = tl.load(source, inside, 0.0).to(tl.float32)
@@ -83,6 +111,17 @@ def _backward_kernel(
         if BIAS:
             a_sum += tl.sum(da, 0)
             b_sum += tl.sum(db, 0)
+        if TOPS:
+            a_size = tl.abs(da.to(kind).to(tl.float32))
+            b_size = tl.abs(db.to(kind).to(tl.float32))
+            place = row_top_ptr + rows_here * blocks + tl.program_id(0) % blocks
+            tl.store(place, tl.max(tl.maximum(a_size, b_size), 1), rows_here < rows)
+            a_top = tl.maximum(a_top, a_size)
+            b_top = tl.maximum(b_top, b_size)
+    if TOPS:
+        target = top_ptr + chunk * (2 * F) + columns
+        tl.store(target, tl.max(a_top, 0), columns < F)
+        tl.store(target + F, tl.max(b_top, 0), columns < F)
     if BIAS:
         partial = partial_ptr + chunk * (2 * F) + columns
         tl.store(partial, a_sum, columns < F)
@@ -101,10 +140,35 @@ def _as_rows(name: str, tensor: Tensor) -> Tensor:
     return rows
 
 
+def _columns(width: int, launch: Launch) -> int:
+    return min(launch.columns, triton.next_power_of_2(width))
+
+
 def _grid(rows: int, width: int, launch: Launch) -> tuple[tuple[int], dict[str, int]]:
-    columns = min(launch.columns, triton.next_power_of_2(width))
+    columns = _columns(width, launch)
     grid = (triton.cdiv(rows, launch.chunk) * triton.cdiv(width, columns),)
-    return grid, {"F": width, "ROWS": launch.rows, "COLUMNS": columns, **launch.options(4)}
+    meta = {"F": width, "ROWS": launch.rows, "COLUMNS": columns, "CHUNK": launch.chunk, "STAGES": launch.stages}
+    return grid, {**meta, **launch.options(4)}
+
+
+def _top_buffers(like: Tensor, rows: int, hidden: int, width: int, launch: Launch, tops: bool) -> tuple[Tensor, Tensor]:
+    """For the largest magnitudes of rows [rows, blocks] and of columns [chunks, width], or two empty tensors."""
+    blocks, chunks = triton.cdiv(hidden, _columns(hidden, launch)), triton.cdiv(rows, launch.chunk)
+    shapes = ((rows, blocks), (chunks, width)) if tops else ((0, blocks), (0, width))
+    return like.new_empty(shapes[0], dtype=torch.float32), like.new_empty(shapes[1], dtype=torch.float32)
+
+
+def forward_with_tops(packed: Tensor, tops: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """``swiglu``, and the largest magnitudes of its rows and columns in parts (``_top_buffers``)."""
+    source, width = _as_rows("packed", packed), packed.shape[-1] // 2
+    out = packed.new_empty((*packed.shape[:-1], width))
+    launch = TOPS_FORWARD if tops else FORWARD
+    row_top, top = _top_buffers(packed, source.shape[0], width, width, launch, tops)
+    if source.shape[0]:
+        grid, meta = _grid(source.shape[0], width, launch)
+        with on_device(packed):
+            _forward_kernel[grid](source, out, row_top, top, source.shape[0], source.stride(0), TOPS=tops, **meta)
+    return out, row_top, top
 
 
 @torch.library.custom_op("fastasync::swiglu", mutates_args=())
@@ -114,14 +178,7 @@ def _forward_op(packed: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"packed must be [..., 2 F], not {list(packed.shape)}")
     if bias is not None:
         check_tensor("bias", bias, (torch.float32, packed.dtype), packed.shape[-1:], packed.device)
-    source = _as_rows("packed", packed)
-    width = packed.shape[-1] // 2
-    out = packed.new_empty((*packed.shape[:-1], width))
-    if source.shape[0]:
-        grid, meta = _grid(source.shape[0], width, FORWARD)
-        with on_device(packed):
-            _forward_kernel[grid](source, out, source.shape[0], source.stride(0), **meta)
-    return out
+    return forward_with_tops(packed, tops=False)[0]
 
 
 @_forward_op.register_fake
@@ -129,25 +186,33 @@ def _(packed: Tensor, bias: Tensor | None) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
-@torch.library.custom_op("fastasync::swiglu_backward", mutates_args=())
-def _backward_op(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
-    """dpacked, and its sum over the rows in float32 (empty unless asked for)."""
+def backward_with_tops(
+    dout: Tensor, packed: Tensor, with_bias: bool, tops: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dpacked, its sum over the rows in float32 (empty without ``with_bias``), and its largest magnitudes in parts."""
     source = _as_rows("packed", packed)
     gradient = dout.reshape(-1, dout.shape[-1]) if dout.numel() else dout.reshape(0, dout.shape[-1])
     if gradient.stride(1) != 1:  # a broadcast gradient, say: nobody chose its layout
         gradient = gradient.contiguous()
     dpacked = packed.new_empty(packed.shape)
     rows, width = source.shape[0], packed.shape[-1]
-    launch = BIAS_BACKWARD if with_bias else BACKWARD
+    launch = BIAS_BACKWARD if with_bias or tops else BACKWARD
     partial = packed.new_empty((triton.cdiv(rows, launch.chunk) if with_bias else 0, width), dtype=torch.float32)
+    row_top, top = _top_buffers(packed, rows, width // 2, width, launch, tops)
     if rows:
         grid, meta = _grid(rows, width // 2, launch)
         with on_device(packed):
             _backward_kernel[grid](
-                source, gradient, dpacked, partial, rows, source.stride(0), gradient.stride(0),
-                BIAS=with_bias, CHUNK=launch.chunk, STAGES=launch.stages, **meta,
+                source, gradient, dpacked, partial, row_top, top, rows, source.stride(0), gradient.stride(0),
+                BIAS=with_bias, TOPS=tops, **meta,
             )  # fmt: skip
-    return dpacked, column_sums(partial[None])[0] if with_bias else partial
+    return dpacked, column_sums(partial[None])[0] if with_bias else partial, row_top, top
+
+
+@torch.library.custom_op("fastasync::swiglu_backward", mutates_args=())
+def _backward_op(dout: Tensor, packed: Tensor, with_bias: bool) -> tuple[Tensor, Tensor]:
+    """dpacked, and its sum over the rows in float32 (empty unless asked for)."""
+    return backward_with_tops(dout, packed, with_bias, tops=False)[:2]
 
 
 @_backward_op.register_fake
@@ -186,12 +251,19 @@ def _offline() -> list[OfflineCase]:
     """XL: F = 3072, in bfloat16 and float32."""
     cases = []
     for kind in ("*bf16", "*fp32"):
-        signature = {"packed_ptr": kind, "out_ptr": kind, "rows": "i32", "packed_row": "i32"}
-        cases.append(OfflineCase(_forward_kernel, signature, _grid(1, 3072, FORWARD)[1], divisible=("packed_row",)))
-        signature = {"packed_ptr": kind, "dout_ptr": kind, "dpacked_ptr": kind, "partial_ptr": "*fp32"}
+        tops = {"row_top_ptr": "*fp32", "top_ptr": "*fp32"}
+        signature = {"packed_ptr": kind, "out_ptr": kind, **tops, "rows": "i32", "packed_row": "i32"}
+        for wanted, launch in ((False, FORWARD), (True, TOPS_FORWARD)):
+            block = {**_grid(1, 3072, launch)[1], "TOPS": wanted}
+            cases.append(OfflineCase(_forward_kernel, signature, block, divisible=("packed_row",)))
+        signature = {"packed_ptr": kind, "dout_ptr": kind, "dpacked_ptr": kind, "partial_ptr": "*fp32", **tops}
         signature |= {"rows": "i32", "packed_row": "i32", "dout_row": "i32"}
-        for bias, launch in ((False, BACKWARD), (True, BIAS_BACKWARD)):
-            block = _grid(1, 3072, launch)[1] | {"BIAS": bias, "CHUNK": launch.chunk, "STAGES": launch.stages}
+        for bias, wanted, launch in (
+            (False, False, BACKWARD),
+            (True, False, BIAS_BACKWARD),
+            (True, True, BIAS_BACKWARD),
+        ):
+            block = {**_grid(1, 3072, launch)[1], "BIAS": bias, "TOPS": wanted}
             cases.append(OfflineCase(_backward_kernel, signature, block, divisible=("packed_row", "dout_row")))
     return cases
 
