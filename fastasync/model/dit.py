@@ -14,7 +14,7 @@ import fastasync_kernels
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
-from fastasync_kernels.fp8_linear import Fp8Rows, fp8_linear, frozen_linear
+from fastasync_kernels.fp8_linear import Fp8Rows, fp8_linear, fp8_mlp, frozen_linear
 from torch import Tensor, nn
 
 from fastasync.errors import UserError
@@ -161,6 +161,8 @@ class SwiGLU(nn.Module):
         self.w3 = BlockLinear(hidden, width)
 
     def forward(self, h: Tensor, ops: Ops) -> Tensor:
+        if self.w12.fp8 == self.w3.fp8 == "triton" and torch.is_grad_enabled():
+            return fp8_mlp(h, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias)
         packed, bias = project(self.w12, h, ops)
         return self.w3(ops.swiglu(packed, bias=bias))
 

@@ -3,7 +3,8 @@
 With s the largest magnitude of a row (a column) over 448: ``cast = round(x / s)``, by multiplying with 1 / s.
 
 A tensor that is needed both ways is read twice: one pass casts its rows and finds the largest magnitude of each column,
-the next writes its columns, transposed, since the products read both factors along the axis that they sum over.
+the next writes its columns, transposed, since the products read both factors along the axis that they sum over.  Where
+the operation that made it has found the largest magnitudes (``swiglu``), one pass casts it both ways.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor
 from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail
 from .reference import FP8, FP8_MULTIPLE
+from .swiglu import backward_with_tops, forward_with_tops
 
 ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
 COLUMNS = Launch(rows=256, columns=64, warps=8)
+BOTH = Launch(rows=128, columns=128, warps=8)
 TOPS = Launch(rows=128, columns=32, warps=4)
 
 
@@ -92,6 +95,32 @@ def _cast_columns_kernel(
     tl.store(target, y, (column < C)[:, None] & (row < out_row)[None, :])
 
 
+@triton.jit
+def _cast_both_kernel(
+    x_ptr, row_top_ptr, top_ptr, out_ptr, scale_ptr, columns_ptr, divisor_ptr, rows, x_row, columns_row,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.program_id(0) // blocks
+    row = block * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, PADDED)[None, :]
+    tops = tl.load(row_top_ptr + row[:, None] * PARTS + part, (row < rows)[:, None] & (part < PARTS), 0.0)
+    scale, inverse = _scale(tl.max(tops, 1))
+    divisor, reciprocal = _scale(tl.load(top_ptr + column, column < C, 0.0))
+    if tl.program_id(0) % blocks == 0:
+        tl.store(scale_ptr + row, scale, row < rows)
+    if block == 0:
+        tl.store(divisor_ptr + column, divisor, column < C)
+    inside = (row < rows)[:, None] & (column < C)[None, :]
+    x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], inside, 0.0).to(tl.float32)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * C + column[None, :], (x * inverse[:, None]).to(kind), inside)
+    y = tl.trans((x * reciprocal[None, :]).to(kind))
+    target = columns_ptr + column.to(tl.int64)[:, None] * columns_row + row[None, :]
+    tl.store(target, y, (column < C)[:, None] & (row < columns_row)[None, :])
+
+
 def _check(x: Tensor) -> None:
     check_tensor("x", x, FLOATS, (-1, -1))
     check_unit_stride("x", x)
@@ -124,10 +153,16 @@ def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
                 x, out, scale, parts, len(x), x.stride(0), TOPS=tops, **meta, **ROWS.options(4)
             )
         if tops:
-            _tops_kernel[(triton.cdiv(width, TOPS.columns),)](
-                parts, top, programs, C=width, ROWS=TOPS.rows, COLUMNS=TOPS.columns, **TOPS.options(4)
-            )
+            _largest(parts, top)
     return out, scale, top
+
+
+def _largest(parts: Tensor, top: Tensor) -> None:
+    """top [C] = the largest of parts [P, C]."""
+    count, width = parts.shape
+    _tops_kernel[(triton.cdiv(width, TOPS.columns),)](
+        parts, top, count, C=width, ROWS=TOPS.rows, COLUMNS=TOPS.columns, **TOPS.options(4)
+    )
 
 
 @_cast_rows.register_fake
@@ -177,6 +212,49 @@ def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     return _cast_columns(x, top)
 
 
+def cast_both(x: Tensor, row_parts: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``cast_rows`` and ``cast_columns`` of x [M, C] in one pass; a launcher for use inside other operators.
+
+    row_parts [M, P] and parts [Q, C], float32: the largest of P are a row's largest magnitude, those of Q a column's.
+    """
+    (out, scale, top), (columns, divisor) = _empty_rows(x, True), _empty_columns(x)
+    rows, wide = BOTH.rows, BOTH.columns
+    if len(x):
+        with on_device(x):
+            _largest(parts, top)
+            _cast_both_kernel[(triton.cdiv(len(x), rows) * triton.cdiv(x.shape[1], wide),)](
+                x, row_parts, top, out, scale, columns, divisor, len(x), x.stride(0), columns.stride(0),
+                C=x.shape[1], ROWS=rows, COLUMNS=wide, PARTS=row_parts.shape[1],
+                PADDED=triton.next_power_of_2(row_parts.shape[1]), **BOTH.options(4),
+            )  # fmt: skip
+    return out, scale, columns, divisor
+
+
+@torch.library.custom_op("fastasync::swiglu_cast", mutates_args=())
+def swiglu_cast(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``swiglu`` of packed [M, 2 F] in fp8, both ways: what ``cast_rows`` and ``cast_columns`` give."""
+    return cast_both(*forward_with_tops(packed))
+
+
+@swiglu_cast.register_fake
+def _(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out = packed.new_empty((packed.shape[0], packed.shape[1] // 2))
+    return (*_empty_rows(out, True)[:2], *_empty_columns(out))
+
+
+@torch.library.custom_op("fastasync::swiglu_backward_cast", mutates_args=())
+def swiglu_backward_cast(dout: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """packed's gradient [M, 2 F] in fp8, both ways, and its sum over the rows, float32 [2 F]."""
+    dpacked, total, row_parts, parts = backward_with_tops(dout, packed, with_bias=True)
+    return *cast_both(dpacked, row_parts, parts), total
+
+
+@swiglu_backward_cast.register_fake
+def _(dout: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = packed.new_empty(packed.shape[-1], dtype=torch.float32)
+    return *_empty_rows(packed, True)[:2], *_empty_columns(packed), total
+
+
 def _offline() -> list[OfflineCase]:
     cases = []
     for kind in ("*bf16", "*fp32"):
@@ -189,6 +267,16 @@ def _offline() -> list[OfflineCase]:
             signature |= {"top_ptr": "*fp32", "out_row": "i32"}
             meta = {"C": width, "ROWS": COLUMNS.rows, "COLUMNS": COLUMNS.columns}
             cases.append(OfflineCase(_cast_columns_kernel, signature, meta, COLUMNS.warps, ("x_row", "out_row")))
+        signature = dict.fromkeys(("out_ptr", "columns_ptr"), "*fp8e4nv") | {
+            "x_ptr": kind,
+            "rows": "i32",
+            "x_row": "i32",
+        }
+        signature |= dict.fromkeys(("row_top_ptr", "top_ptr", "scale_ptr", "divisor_ptr"), "*fp32") | {
+            "columns_row": "i32"
+        }
+        meta = {"C": 6144, "ROWS": BOTH.rows, "COLUMNS": BOTH.columns, "PARTS": 3, "PADDED": 4}
+        cases.append(OfflineCase(_cast_both_kernel, signature, meta, BOTH.warps, ("x_row", "columns_row")))
     signature = {"part_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32"}
     meta = {"C": 1152, "ROWS": TOPS.rows, "COLUMNS": TOPS.columns}
     return [*cases, OfflineCase(_tops_kernel, signature, meta, TOPS.warps)]

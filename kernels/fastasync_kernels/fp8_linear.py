@@ -53,8 +53,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         ops = _ops(ctx.triton)
         weight, top_w, xt8, sxt = ctx.saved_tensors
-        g = grads[0].flatten(0, -2)
-        g = g if g.stride(-1) == 1 else g.contiguous()
+        g = _unit_stride(grads[0].flatten(0, -2))
         dx = dw = dbias = None
         g8, sg, top_g = ops.cast_rows(g, ctx.needs_input_grad[1])
         if ctx.needs_input_grad[0]:
@@ -65,6 +64,49 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = g.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, dbias, None
+
+
+class _Mlp(torch.autograd.Function):
+    """``w3(swiglu(w12(x)))`` by the kernels: swiglu finds the largest magnitudes of what it writes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+        ops, casts = _ops(True), _casts()
+        flat = x.flatten(0, -2)
+        x8, sx, top_x = ops.cast_rows(flat, True)
+        w12_8, s12, top_12 = ops.cast_rows(w12, True)
+        packed = product(Fp8Rows(x8, sx), Fp8Rows(w12_8, s12), b12.to(torch.bfloat16))
+        h8, sh, ht8, sht = casts.swiglu_cast(packed)
+        w3_8, s3, top_3 = ops.cast_rows(w3, True)
+        y = product(Fp8Rows(h8, sh), Fp8Rows(w3_8, s3), b3.to(torch.bfloat16))
+        ctx.save_for_backward(w12, top_12, w3, top_3, packed, *ops.cast_columns(flat, top_x), ht8, sht)
+        ctx.x_dtype, ctx.bias_dtypes = x.dtype, (b12.dtype, b3.dtype)
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        ops, casts = _ops(True), _casts()
+        w12, top_12, w3, top_3, packed, xt8, sxt, ht8, sht = ctx.saved_tensors
+        g = _unit_stride(grads[0].flatten(0, -2))
+        g8, sg, top_g = ops.cast_rows(g, True)
+        dh = product(Fp8Rows(g8, sg), Fp8Rows(*ops.cast_columns(w3, top_3)))
+        dw3 = product(Fp8Rows(*ops.cast_columns(g, top_g)), Fp8Rows(ht8, sht)).to(w3.dtype)
+        a8, sa, at8, sat, db12 = casts.swiglu_backward_cast(dh, packed)
+        dx = product(Fp8Rows(a8, sa), Fp8Rows(*ops.cast_columns(w12, top_12)))
+        dw12 = product(Fp8Rows(at8, sat), Fp8Rows(xt8, sxt)).to(w12.dtype)
+        db3 = g.sum(0, dtype=torch.float32)
+        dx = dx.to(ctx.x_dtype).unflatten(0, grads[0].shape[:-1])
+        return dx, dw12, db12.to(ctx.bias_dtypes[0]), dw3, db3.to(ctx.bias_dtypes[1])
+
+
+def _unit_stride(g: Tensor) -> Tensor:
+    return g if g.stride(-1) == 1 else g.contiguous()
+
+
+def _casts() -> ModuleType:
+    from . import fp8_casts  # imports triton
+
+    return fp8_casts
 
 
 def _ops(triton: bool) -> ModuleType:
@@ -85,6 +127,14 @@ def frozen_linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None, triton
     rows = Fp8Rows(*_ops(triton).cast_rows(x.flatten(0, -2))[:2])
     y = product(rows, weight, None if bias is None else bias.to(torch.bfloat16))
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def fp8_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+    """``w3 swiglu(w12 x + b12) + b3`` in fp8 by the kernels, with all gradients: the same numbers as the three in turn.
+
+    x [..., K], w12 [2 F, K], w3 [N, F], biases [2 F] and [N] -> [..., N] in x's dtype.  All sizes multiples of 16.
+    """
+    return _Mlp.apply(x, w12, b12, w3, b3)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bool = True) -> Tensor:

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 import torch
 from fastasync_kernels import reference, triton_ops
-from fastasync_kernels.fp8_linear import fp8_linear, frozen_linear, frozen_rows
-from triton.runtime import interpreter
+from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp, frozen_linear, frozen_rows
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -18,21 +17,6 @@ def draw(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(*shape, generator=generator) * torch.logspace(-4, 3, shape[-2])[:, None]
     return rows.to(dtype).to(DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    """Triton's interpreter loses the carry where rounding to e4m3 reaches the next power of two: torch rounds."""
-    if CUDA:
-        return
-    convert = interpreter._convert_float
-
-    def exact(values, source, target, mode):
-        if target.name != "fp8e4nv":
-            return convert(values, source, target, mode)
-        return torch.from_numpy(values.astype("float32")).to(reference.FP8).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", exact)
 
 
 def same_fp8(ours, theirs):
@@ -139,6 +123,26 @@ def test_a_frozen_weight_gives_the_same():
     for triton in (False, True):
         known = fp8_linear(x, weight, bias, triton)
         assert torch.equal(frozen_linear(x, frozen_rows(weight, triton), bias, triton), known)
+
+
+def mlp(x, w12, b12, w3, b3):
+    packed = fp8_linear(x, w12, b12.detach())
+    return fp8_linear(triton_ops.swiglu(packed, bias=b12), w3, b3)
+
+
+@pytest.mark.parametrize("rows", [5, 150])
+@pytest.mark.parametrize("hidden", [48, 1040])
+def test_the_mlp_is_its_three_operations_bit_for_bit(rows, hidden):
+    """1,040 columns are two of swiglu's blocks, 150 rows three of its chunks."""
+    shapes = [(rows, 32), (2 * hidden, 32), (1, 2 * hidden), (64, hidden), (1, 64)]
+    leaves = [draw(*shape, dtype=torch.bfloat16, seed=i) for i, shape in enumerate(shapes)]
+    leaves = [(t[0] if len(t) == 1 else t).mul(0.1).requires_grad_() for t in leaves]
+    g = draw(rows, 64, dtype=torch.bfloat16, seed=9)
+    y, expected = fp8_mlp(*leaves), mlp(*leaves)
+    for one, other in zip(
+        (y, *torch.autograd.grad(y, leaves, g)), (expected, *torch.autograd.grad(expected, leaves, g))
+    ):
+        assert torch.equal(one, other)
 
 
 def test_compiled_equals_eager():

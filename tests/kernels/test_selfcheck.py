@@ -50,3 +50,8 @@ def test_auto_falls_back_and_triton_refuses(monkeypatch):
         assert select("auto", "cuda") is reference
     with pytest.raises(fastasync_kernels.KernelUnavailable, match="swiglu"):
         select("triton", "cuda")
+
+
+def test_wrong_casts_to_fp8_are_named(monkeypatch):
+    monkeypatch.setattr(triton_ops, "cast_columns", lambda x, top: reference.cast_columns(2 * x, top))
+    assert selfcheck.disagreement(DEVICE, ()) == "casts to fp8 differ"

@@ -51,11 +51,20 @@ def test_fp8_needs_a_gpu(tiny):
     assert choose_autocast("fp8", CPU) is torch.bfloat16
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fp8_in_the_network(tiny, compiled):
+@pytest.mark.parametrize(
+    ("kernels", "compiled", "memory"),
+    [
+        ("reference", False, "none"),
+        ("reference", True, "none"),
+        ("triton", False, "none"),
+        ("triton", False, "selective"),
+    ],
+)
+def test_fp8_in_the_network(tiny, kernels, compiled, memory):
     """The state dict keeps its names, the output and the gradients stay close."""
     torch.manual_seed(0)
-    model = build_model(tiny(model=dict(width=48, heads=2)))
+    model = build_model(tiny(model=dict(width=48, heads=2, kernels=kernels)))
+    model.set_recompute(memory)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
     torch.nn.init.normal_(model.blocks[0].adaLN_modulation[1].weight, std=0.1)
     x, tau, y = torch.randn(4, 4, 2, 2), torch.rand(4, 2), torch.arange(4) % 3
