@@ -6,11 +6,10 @@ from fastasync_kernels import medium_attention as module
 from fastasync_kernels.attention import _reference
 from fastasync_kernels.medium_attention import Tile, medium_attention
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+from tests.kernels.attention_kit import CUDA, DEVICE, NAMES, all_equal, draw, run, same_precision
+
 # compiled, float32's products are for tests of small shapes: big ones do not fit
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)] + [torch.float32] * (not CUDA)
-NAMES = ["out", "dq", "dk", "dv"]
 SHAPES = [
     *[(1, 1, 256, 72), (1, 1, 200, 72), (2, 1, 130, 32), (1, 1, 256, 64), (1, 1, 129, 100), (2, 2, 17, 72)],
     *[(1, 1, 65, width) for width in (1, 20, 33, 128)],
@@ -21,31 +20,6 @@ TILES = {  # forward, backward for queries, backward for keys
     "uneven": (Tile(64, 32, 4, 3), Tile(128, 64, 8, 1), Tile(64, 128, 8, 2)),
     "whole": (Tile(64, 256), Tile(64, 256), Tile(256, 64)),
 }
-
-
-def draw(shape, dtype=torch.float32, seed=0, scale=1.0):
-    """q, k in memory order B, N, heads, Dh and v a slice of a packed tensor, as qknorm_rope returns them; dout."""
-    batch, heads, tokens, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    packed = scale * torch.randn(batch, tokens, 3, heads, width, generator=generator)
-    q, k, v = (part.transpose(1, 2) for part in packed.to(DEVICE, dtype).unbind(2))
-    upstream = torch.randn(batch, tokens, heads, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
-    return (q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v), upstream
-
-
-def run(function, tensors, upstream, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
-
-
-def same_precision(q, k, v):
-    """The formula with every step in the tensors' own dtype."""
-    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
-
-
-def all_equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def judge(tensors, upstream, no_worse):
@@ -120,12 +94,6 @@ def test_one_token_attends_to_itself():
     assert max(dq.abs().max(), dk.abs().max()) <= 1e-5  # the true gradient is zero
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (3, 0, 5, 8)])
-def test_empty_launches_nothing(shape):
-    tensors, upstream = draw(shape)
-    assert [t.shape for t in run(medium_attention, tensors, upstream)] == [shape] * 4
-
-
 def test_one_sample_of_many_alone_and_the_same_bits_every_time():
     tensors, upstream = draw((3, 1, 66, 16), torch.float16, seed=5)
     whole = run(medium_attention, tensors, upstream)
@@ -133,54 +101,6 @@ def test_one_sample_of_many_alone_and_the_same_bits_every_time():
     one = slice(2, 3)
     alone = run(medium_attention, [t[one] for t in tensors], upstream[one])
     assert all_equal(alone, [t[one] for t in whole])
-
-
-def orders(t):
-    """The same values in other memory orders with a contiguous last axis."""
-    batch, heads, tokens, width = t.shape
-    yield t.contiguous()
-    yield t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # N, B, heads, Dh
-    wide = t.new_full((batch, heads, tokens + 2, width + 3), torch.nan)
-    wide[:, :, 1:-1, 2:-1] = t
-    yield wide[:, :, 1:-1, 2:-1]
-
-
-def test_the_memory_order_of_inputs_and_gradients_does_not_matter():
-    tensors, upstream = draw((2, 3, 21, 20), torch.float16, seed=6)
-    first = run(medium_attention, tensors, upstream)
-    for same in zip(*map(orders, (*tensors, upstream))):
-        leaves = [t.detach().requires_grad_() for t in same[:3]]
-        out = medium_attention(*leaves)
-        assert all_equal([out, *torch.autograd.grad(out, leaves, same[3])], first)
-    packed = torch.stack(tensors, 0).permute(1, 3, 0, 2, 4).contiguous()  # B, N, 3, heads, Dh
-    q, k, v = (part.transpose(1, 2).detach().requires_grad_() for part in packed.unbind(2))
-    out = medium_attention(q, k, v)
-    assert all_equal([out, *torch.autograd.grad(out, (q, k, v), upstream)], first)
-
-
-def test_gradients_without_a_layout():
-    """Broadcast over everything (a sum's), over the batch, or with another last axis."""
-    tensors, upstream = draw((2, 2, 7, 8), torch.float16, seed=7)
-    one = torch.ones((), device=DEVICE, dtype=torch.float16).expand(upstream.shape)
-    swapped = upstream.transpose(-1, -2).contiguous().transpose(-1, -2)
-    for gradient in (one, upstream[:1].expand(upstream.shape), swapped):
-        expected = run(medium_attention, tensors, gradient.contiguous())
-        assert all_equal(run(medium_attention, tensors, gradient), expected)
-
-
-def test_output_and_gradients_lie_in_memory_as_the_projection_reads_them():
-    tensors, upstream = draw((2, 3, 17, 8), torch.float16, seed=8)
-    for result in run(medium_attention, tensors, upstream):
-        assert result.transpose(1, 2).is_contiguous()
-    out = medium_attention(*tensors)
-    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
-
-
-def test_only_one_gradient_is_asked_for():
-    (q, k, v), upstream = draw((1, 2, 6, 8), torch.float16, seed=11)
-    leaf = k.detach().requires_grad_()
-    (dk,) = torch.autograd.grad(medium_attention(q, leaf, v), leaf, upstream)
-    assert torch.equal(dk, run(medium_attention, (q, k, v), upstream)[2])
 
 
 def test_compiled_whole_equals_eager():

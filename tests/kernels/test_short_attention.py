@@ -10,40 +10,14 @@ from fastasync_kernels.attention import _reference, attention, available_backend
 from fastasync_kernels.short_attention import short_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+from tests.kernels.attention_kit import CUDA, DEVICE, NAMES, all_equal, draw, run, same_precision
+
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-NAMES = ["out", "dq", "dk", "dv"]
 SHAPES = [
     *[(2, 2, tokens, 8) for tokens in (5, 16, 17, 100)],
     *[(1, 3, 17, width) for width in (1, 20, 32, 72, 128)],
     *[(2, 1, 64, 32), (1, 1, 128, 20), (1, 2, 100, 72)],
 ]
-
-
-def draw(shape, dtype=torch.float32, seed=0, scale=1.0):
-    """q, k in memory order B, N, heads, Dh and v a slice of a packed tensor, as qknorm_rope returns them; dout."""
-    batch, heads, tokens, width = shape
-    generator = torch.Generator().manual_seed(seed)
-    packed = scale * torch.randn(batch, tokens, 3, heads, width, generator=generator)
-    q, k, v = (part.transpose(1, 2) for part in packed.to(DEVICE, dtype).unbind(2))
-    upstream = torch.randn(batch, tokens, heads, width, generator=generator).to(DEVICE, dtype).transpose(1, 2)
-    return (q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v), upstream
-
-
-def run(function, tensors, upstream, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
-
-
-def same_precision(q, k, v):
-    """The formula with every step in the tensors' own dtype."""
-    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
-
-
-def all_equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,12 +73,6 @@ def test_one_token_attends_to_itself(dtype):
     assert max(dq.abs().max(), dk.abs().max()) <= bound
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (3, 0, 5, 8)])
-def test_empty_launches_nothing(shape):
-    tensors, upstream = draw(shape)
-    assert [t.shape for t in run(short_attention, tensors, upstream)] == [shape] * 4
-
-
 def test_one_sample_of_many_alone():
     tensors, upstream = draw((3, 2, 20, 16), torch.float16, seed=5)
     whole = run(short_attention, tensors, upstream)
@@ -112,47 +80,6 @@ def test_one_sample_of_many_alone():
         one = slice(sample, sample + 1)
         alone = run(short_attention, [t[one] for t in tensors], upstream[one])
         assert all_equal(alone, [t[one] for t in whole])
-
-
-def orders(t):
-    """The same values in other memory orders with a contiguous last axis."""
-    batch, heads, tokens, width = t.shape
-    yield t.contiguous()
-    yield t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)  # N, B, heads, Dh
-    wide = t.new_full((batch, heads, tokens + 2, width + 3), torch.nan)
-    wide[:, :, 1:-1, 2:-1] = t
-    yield wide[:, :, 1:-1, 2:-1]
-
-
-def test_the_memory_order_of_inputs_and_gradients_does_not_matter():
-    tensors, upstream = draw((2, 3, 21, 20), torch.float16, seed=6)
-    first = run(short_attention, tensors, upstream)
-    for same in zip(*map(orders, (*tensors, upstream))):
-        leaves = [t.detach().requires_grad_() for t in same[:3]]
-        out = short_attention(*leaves)
-        assert all_equal([out, *torch.autograd.grad(out, leaves, same[3])], first)
-    packed = torch.stack(tensors, 0).permute(1, 3, 0, 2, 4).contiguous()  # B, N, 3, heads, Dh
-    q, k, v = (part.transpose(1, 2).detach().requires_grad_() for part in packed.unbind(2))
-    out = short_attention(q, k, v)
-    assert all_equal([out, *torch.autograd.grad(out, (q, k, v), upstream)], first)
-
-
-def test_gradients_without_a_layout():
-    """Broadcast over everything (a sum's), over the batch, or with another last axis."""
-    tensors, upstream = draw((2, 2, 7, 8), seed=7)
-    one = torch.ones((), device=DEVICE).expand(upstream.shape)
-    swapped = upstream.transpose(-1, -2).contiguous().transpose(-1, -2)
-    for gradient in (one, upstream[:1].expand(upstream.shape), swapped):
-        expected = run(short_attention, tensors, gradient.contiguous())
-        assert all_equal(run(short_attention, tensors, gradient), expected)
-
-
-def test_output_and_gradients_lie_in_memory_as_the_projection_reads_them():
-    tensors, upstream = draw((2, 3, 17, 8), seed=8)
-    for result in run(short_attention, tensors, upstream):
-        assert result.transpose(1, 2).is_contiguous()
-    out = short_attention(*tensors)
-    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
 
 
 def test_the_same_bits_every_time_and_for_every_number_of_warps(monkeypatch):
@@ -190,13 +117,6 @@ def test_only_the_inputs_are_kept_and_nothing_else_is_called():
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in leaves]
     called = [name for name in calls.names if name != "aten.detach.default"]
     assert called == [f"fastasync.short_attention{end}.default" for end in ("", "_backward")]
-
-
-def test_only_one_gradient_is_asked_for():
-    (q, k, v), upstream = draw((1, 2, 6, 8), seed=11)
-    leaf = k.detach().requires_grad_()
-    (dk,) = torch.autograd.grad(short_attention(q, leaf, v), leaf, upstream)
-    assert torch.equal(dk, run(short_attention, (q, k, v), upstream)[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
