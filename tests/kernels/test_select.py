@@ -33,7 +33,7 @@ def test_triton_has_every_function_of_the_reference_with_its_signature():
         assert all(p.default is not p.empty for p in extra), name
         assert all(parameters[key].default == value.default for key, value in expected.items()), name
     fused = {"noising", "flow_errors", "corrected_loss", "guided_update", "rmsnorm_modulate"}
-    fused |= {"gated_rmsnorm_modulate", "qknorm_rope", "swiglu", "drop_labels"}
+    fused |= {"gated_rmsnorm_modulate", "qknorm_rope", "swiglu", "drop_labels", "cast_rows", "cast_columns"}
     assert {name for name in theirs if getattr(ops, name) is not theirs[name]} == fused
     assert select("auto", "cuda") is ops
 
