@@ -176,10 +176,10 @@ def _integrators(intervals: int) -> tuple[str, ...]:
 STUDIES = {
     "cifar10": Study(
         preset="cifar10",
-        settings=(),
+        settings=("sample.count=10000",),
         steps=6000,
-        headline=("heun10", "heun18", "heun50", "dopri5"),
-        curve=("heun6", "heun10", "heun18", "heun30", "heun50", "heun100"),
+        headline=("heun_euler17", "heun_euler49"),
+        curve=("heun_euler5", "heun_euler9", "heun_euler17", "heun_euler29", "heun_euler49", "heun_euler99"),
         fixed=("synchronous", *_OFFSETS, *_POWERS),
         scan_seeds=3,
         rank_samples=5000,

@@ -51,7 +51,7 @@ def _transfer_report(ledger: Ledger) -> Report:
 
 def _efficiency_report(ledger: Ledger) -> Report:
     study, rows, sentences = ledger.study, [], []
-    sampler = study.headline[-1] if "heun50" not in study.headline else "heun50"
+    sampler = study.headline[-1]
     steps, last = study.milestones, study.milestones[-1]
     series = {
         name: {step: list(ledger.by_seed(Spec(name, 0), step, sampler).values()) for step in steps}
