@@ -409,7 +409,7 @@ def _others(run: Run, figures: list[Figure]) -> list[Figure]:
         return []
     same = ["schedule_fingerprint", "checkpoint_step", "ema", "samples"]
     same += ["extractor_fingerprint", "reference_fingerprint"]
-    way = ("integrator", "function_evaluations", "guidance")
+    way = ("integrator", "function_evaluations", "guidance", "precision")
 
     def of(figure: Figure, fields: Sequence[str]) -> tuple[Any, ...]:
         return tuple(getattr(figure.protocol, name) for name in fields)

@@ -20,6 +20,7 @@ from fastasync.probe import ProbeResult
 from fastasync.representations.prepare import MANIFEST
 from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule
+from fastasync.training import checkpoint
 from fastasync.training.metrics import FILE as METRICS
 
 
@@ -65,7 +66,7 @@ def collect(run: Run) -> list[Record]:
     for each in (run, *(each.create() if each.path.exists() else each for each in baselines)):
         record = _record(each)
         twin = next((r for r in records if record.schedule and _same(r.schedule, record.schedule)), None)
-        if twin and not record.metrics:
+        if twin and not checkpoint.steps(each.path / checkpoint.FOLDER):
             record = replace(twin, run=each, probe=None, shared=twin.label)
         records.append(record)
     return records

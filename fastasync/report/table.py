@@ -90,8 +90,9 @@ def _unequal(one: Mapping[str, Any], two: Mapping[str, Any], free: Sequence[str]
 def build_table(records: Sequence[Record]) -> Table:
     """The table of what has been evaluated so far."""
     rows, columns = [], []
+    mixed = len({figure.protocol.precision for record in records for figure in record.figures}) > 1
     for record in records:
-        cells = {_column(figure): figure for figure in record.figures}
+        cells = {_column(figure, mixed): figure for figure in record.figures}
         rows.append(Row(record.label, cells))
         columns += list(cells)
     metrics = list(dict.fromkeys(column.metric for column in columns))
@@ -102,10 +103,12 @@ def build_table(records: Sequence[Record]) -> Table:
     return Table(rows, ordered, ", ".join(extractors))
 
 
-def _column(figure: Figure) -> Column:
+def _column(figure: Figure, mixed: bool) -> Column:
+    """``mixed``: samples were made in several precisions, each of which has columns of its own."""
     protocol = figure.protocol
     adaptive = protocol.integrator == _ADAPTIVE
     integrator = protocol.integrator + ("" if protocol.guidance == "none" else f", {protocol.guidance}")
+    integrator += f", {protocol.precision}" if mixed else ""
     return Column(figure.name, integrator, None if adaptive else protocol.function_evaluations)
 
 

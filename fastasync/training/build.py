@@ -115,6 +115,9 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, fr
     if not emulate:
         check_fp8(device)
     kind = "triton" if choose_ops(model.kernels, device).__name__.endswith("triton_ops") else "reference"
+    if kind == "triton" and device.type == "cuda" and (fault := _casts_fault(device)):
+        _log.warning("fp8: casts in PyTorch, much slower, for those of the kernels are wrong here: %s", fault)
+        kind = "reference"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, BlockLinear)}
     odd = [name for name, linear in linears.items() if any(size % FP8_MULTIPLE for size in linear.weight.shape)]
     if odd:
@@ -122,8 +125,13 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, fr
         _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd[0], shape)
     for name, linear in linears.items():
         linear.fp8 = None if name in odd else kind
-        if frozen and linear.fp8:
-            linear.frozen = frozen_rows(linear.weight, kind == "triton")
+        linear.frozen = frozen_rows(linear.weight, kind == "triton") if frozen and linear.fp8 else None
+
+
+def _casts_fault(device: torch.device) -> str:
+    from fastasync_kernels.selfcheck import casts_disagreement  # imports triton
+
+    return casts_disagreement(device)
 
 
 def use_working_weights(model: LightningDiT, config: Config, device: torch.device) -> list[torch.Tensor] | None:

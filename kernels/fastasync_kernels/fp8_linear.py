@@ -12,6 +12,7 @@ to the compiler, in several passes each; here a cast is one pass over memory (be
 
 from __future__ import annotations
 
+import contextlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,16 +31,18 @@ class Fp8Rows(NamedTuple):
 
 def product(a: Fp8Rows, b: Fp8Rows, bias: Tensor | None = None) -> Tensor:
     """``a b^T + bias`` in bf16, for a [M, K] and b [N, K]."""
-    return torch._scaled_mm(
-        a.values, b.values.t(), a.scale, b.scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    cpu = a.values.device.type == "cpu"  # where autocast would round inside
+    with torch.autocast("cpu", enabled=False) if cpu else contextlib.nullcontext():
+        return torch._scaled_mm(
+            a.values, b.values.t(), a.scale, b.scale.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, triton: bool) -> Tensor:
         ops = _ops(triton)
-        flat = x.flatten(0, -2)
+        flat = _unit_stride(x.flatten(0, -2))
         x8, sx, top_x = ops.cast_rows(flat, weight.requires_grad)
         w8, sw, top_w = ops.cast_rows(weight, x.requires_grad)
         half = None if bias is None else bias.to(torch.bfloat16)
@@ -72,7 +75,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
         ops, casts = _ops(True), _casts()
-        flat = x.flatten(0, -2)
+        flat = _unit_stride(x.flatten(0, -2))
         x8, sx, top_x = ops.cast_rows(flat, True)
         w12_8, s12, top_12 = ops.cast_rows(w12, True)
         packed = product(Fp8Rows(x8, sx), Fp8Rows(w12_8, s12), b12.to(torch.bfloat16))
@@ -117,6 +120,12 @@ def _ops(triton: bool) -> ModuleType:
     return reference
 
 
+def _check_sizes(weight: Tensor) -> None:
+    if any(size % reference.FP8_MULTIPLE for size in weight.shape):
+        shape = list(weight.shape)
+        raise ValueError(f"weight has shape {shape}: fp8 needs multiples of {reference.FP8_MULTIPLE} both ways")
+
+
 def frozen_rows(weight: Tensor, triton: bool = True) -> Fp8Rows:
     """What ``frozen_linear`` needs of a weight [N, K] that no longer changes."""
     return Fp8Rows(*_ops(triton).cast_rows(weight.detach())[:2])
@@ -124,7 +133,7 @@ def frozen_rows(weight: Tensor, triton: bool = True) -> Fp8Rows:
 
 def frozen_linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None, triton: bool = True) -> Tensor:
     """``fp8_linear`` of a weight that was cast before, without gradients."""
-    rows = Fp8Rows(*_ops(triton).cast_rows(x.flatten(0, -2))[:2])
+    rows = Fp8Rows(*_ops(triton).cast_rows(_unit_stride(x.flatten(0, -2)))[:2])
     y = product(rows, weight, None if bias is None else bias.to(torch.bfloat16))
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
@@ -132,18 +141,19 @@ def frozen_linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None, triton
 def fp8_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
     """``w3 swiglu(w12 x + b12) + b3`` in fp8 by the kernels, with all gradients: the same numbers as the three in turn.
 
-    x [..., K], w12 [2 F, K], w3 [N, F], biases [2 F] and [N] -> [..., N] in x's dtype.  All sizes multiples of 16.
+    x [M, ..., K], w12 [2 F, K], w3 [N, F], biases [2 F] and [N] -> [M, ..., N] in x's dtype.  K, 2 F, F and N:
+    multiples of 16 (ValueError).
     """
+    for weight in (w12, w3):
+        _check_sizes(weight)
     return _Mlp.apply(x, w12, b12, w3, b3)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bool = True) -> Tensor:
-    """``x w^T + bias`` and its gradients in fp8: x [..., K], weight [N, K], bias [N] -> [..., N] in x's dtype.
+    """``x w^T + bias`` and its gradients in fp8: x [M, ..., K], weight [N, K], bias [N] -> [M, ..., N] in x's dtype.
 
     K and N must be multiples of 16 (ValueError).  ``triton``: casts by the kernels, or by their reference, which runs
     on any device.  Sums are rounded to bf16; gradients have the dtypes of what they are of.
     """
-    if any(size % reference.FP8_MULTIPLE for size in weight.shape):
-        shape = list(weight.shape)
-        raise ValueError(f"weight has shape {shape}: fp8 needs multiples of {reference.FP8_MULTIPLE} both ways")
+    _check_sizes(weight)
     return _Linear.apply(x, weight, bias, triton)

@@ -403,3 +403,24 @@ def test_a_folder_without_an_index_has_numbers(make_run, tmp_path):
     assert class_names(run) == ()
     write_report(run)
     assert "made by" in Page((run.path / "report.html").read_text()).text
+
+
+def test_precisions_of_sampling_have_columns_of_their_own(full_run):
+    figures = load_figures(full_run.figures_file)
+    fast = [
+        replace(f, value=2 * f.value, protocol=replace(f.protocol, precision="fp8, bf16 autocast")) for f in figures
+    ]
+    save_figures(full_run.figures_file, [*figures, *fast])
+    lines = comparison_table(full_run).splitlines()
+    found = {line.split()[1] + (" fp8" if "fp8" in line else ""): line for line in lines if line.startswith("learned")}
+    assert set(found) == {"18,", "50,", "18, fp8", "50, fp8"}
+    assert f"{figures[0].value:.4g}" in found["18,"]
+    assert f"{2 * figures[0].value:.4g}" in found["18, fp8"]
+
+
+def test_a_baseline_with_the_runs_schedule_shares_its_figures_until_it_has_a_checkpoint(make_run):
+    run = make_run("schedule.name=synchronous", "schedule.baselines=offset:0")
+    assert [record.shared for record in collect(run)] == ["", "synchronous"]
+    assert collect(run)[1].figures == collect(run)[0].figures
+    (run.baselines()[0].path / "checkpoints" / "step_00000007").mkdir(parents=True)
+    assert [record.shared for record in collect(run)] == ["", ""]
