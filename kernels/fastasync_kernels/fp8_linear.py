@@ -7,7 +7,7 @@ For x [M, K], weight w [N, K] and g = dL/dy [M, N], with cast and s (the divisor
     dw = (cast(g^T) cast(x^T)^T) s(g^T) s(x^T)^T              columns of g and of x
 
 The casts and products of torchao's row-wise recipe, with sums in float32 (torch._scaled_mm).  torchao leaves the casts
-to the compiler, in several passes each; here a cast is one pass over memory (bench/NOTES.md, 2026-11-25).
+to the compiler, in several passes each; here each way of casting is one pass over memory (bench/NOTES.md).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What the tests of our attention kernels share: inputs in the model's memory order, a run with gradients."""
 
+import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
@@ -40,3 +41,18 @@ def orders(t):
     wide = t.new_full((batch, heads, tokens + 2, width + 3), torch.nan)
     wide[:, :, 1:-1, 2:-1] = t
     yield wide[:, :, 1:-1, 2:-1]
+
+
+def check_differences(kernel, shape):
+    """Gradients against (f(x + e d) - f(x - e d)) / 2 e in random directions d, f in fp64: independent of autograd."""
+    tensors, upstream = draw(shape, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for index, gradient in enumerate(run(kernel, tensors, upstream)[1:]):
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+        ends = []
+        for step in (1e-4, -1e-4):
+            moved = [t.double() for t in tensors]
+            moved[index] = moved[index] + step * direction
+            ends.append(float((same_precision(*moved) * upstream).sum()))
+        expected = (ends[0] - ends[1]) / 2e-4
+        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -160,7 +160,7 @@ def test_compiled_equals_eager():
 
 @pytest.mark.skipif(CUDA, reason="torchao's emulation, on a CPU")
 def test_the_same_recipe_as_torchaos():
-    float8 = pytest.importorskip("torchao.float8")
+    from torchao import float8
     from torchao.float8.config import Float8LinearConfig
 
     linear = torch.nn.Linear(64, 48)

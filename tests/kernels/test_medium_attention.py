@@ -6,7 +6,7 @@ from fastasync_kernels import medium_attention as module
 from fastasync_kernels.attention import _reference
 from fastasync_kernels.medium_attention import Tile, medium_attention
 
-from tests.kernels.attention_kit import CUDA, DEVICE, NAMES, all_equal, draw, run, same_precision
+from tests.kernels.attention_kit import CUDA, DEVICE, NAMES, all_equal, check_differences, draw, run, same_precision
 
 # compiled, float32's products are for tests of small shapes: big ones do not fit
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)] + [torch.float32] * (not CUDA)
@@ -58,18 +58,7 @@ def test_sharp_softmax(dtype, no_worse):
 
 @pytest.mark.skipif(CUDA, reason="float32")
 def test_gradients_against_differences_of_the_loss():
-    """(f(x + e d) - f(x - e d)) / 2 e along random directions d, f in fp64: independent of autograd."""
-    tensors, upstream = draw((1, 2, 67, 20), seed=2)
-    generator = torch.Generator().manual_seed(3)
-    for index, gradient in enumerate(run(medium_attention, tensors, upstream)[1:]):
-        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-        ends = []
-        for step in (1e-4, -1e-4):
-            moved = [t.double() for t in tensors]
-            moved[index] = moved[index] + step * direction
-            ends.append(float((same_precision(*moved) * upstream).sum()))
-        expected = (ends[0] - ends[1]) / 2e-4
-        assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    check_differences(medium_attention, (1, 2, 67, 20))
 
 
 @pytest.mark.skipif(CUDA, reason="float32")
