@@ -157,6 +157,9 @@ class Sample:
     batch: int = _number(500, 1, 10**6)
     integrator: str = _choice("heun", "euler", "heun", "heun_euler", "dopri5")
     grid_power: float = _number(1.0, 0.1, 10.0)  # of the time grid: above 1, steps shrink towards the data
+    last_step: float = _number(
+        0.0, 0.0, 0.9
+    )  # local time that the last step takes, whatever the schedule; 0: the grid's
     steps: tuple[int, ...] = (25,)  # one figure for each
     labels: str = _choice("balanced", "balanced", "random")
     classes: tuple[int, ...] = ()  # only these; (): all
@@ -418,6 +421,8 @@ def validate(config: Config) -> None:
         raise UserError("sample.steps", ",".join(map(str, sample.steps)), "give whole numbers of at least 1")
     if sample.integrator == "dopri5" and sample.grid_power != 1:
         raise UserError("sample.grid_power", sample.grid_power, "dopri5 chooses its own steps: leave it at 1")
+    if sample.integrator == "dopri5" and sample.last_step:
+        raise UserError("sample.last_step", sample.last_step, "dopri5 chooses its own steps: leave it at 0")
     if len(sample.guidance_scale) not in (1, len(reps.names)):
         raise UserError(
             "sample.guidance_scale", ",".join(map(str, sample.guidance_scale)), f"give 1 or {len(reps.names)} numbers"

@@ -311,7 +311,7 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
                 labels,
                 channels=model.channels,
                 side=model.grid,
-                grid=sampling.time_grid(steps, sample.grid_power),
+                grid=sampling.time_grid(schedule, steps, sample.grid_power, sample.last_step),
                 method=sample.integrator,
                 seed=sample.seed,
                 device=device,
@@ -322,7 +322,9 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
         protocol = {
             "schedule": run.config.schedule.name,
             "schedule_fingerprint": schedule.fingerprint,
-            "integrator": sample.integrator + (f" grid power {sample.grid_power:g}" if sample.grid_power != 1 else ""),
+            "integrator": sample.integrator
+            + (f" grid power {sample.grid_power:g}" if sample.grid_power != 1 else "")
+            + (f" last step {sample.last_step:g}" if sample.last_step else ""),
             "steps": steps,
             "guidance": guidance,
             "labels": sample.labels,

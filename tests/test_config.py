@@ -88,6 +88,7 @@ def test_settings_convert_to_the_fields_type():
         ("train.betas=0.9", "two numbers"),
         ("sample.steps=", "at least 1"),
         ("sample.integrator=dopri5 sample.grid_power=2", "chooses its own steps"),
+        ("sample.integrator=dopri5 sample.last_step=0.1", "chooses its own steps"),
         ("probe.beta=-1", ">= 0"),
     ],
 )

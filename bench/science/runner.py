@@ -144,7 +144,8 @@ class Workshop:
         lam, beta = probe_loss_weights(config), chosen_beta(config.probe.beta)
         schedules = {name: named_schedule(name, reps.names, reps.roles) for name in names} | {"C": result.schedule}
         middle = next(row for row in result.sweep if row["beta"] == beta)
-        way, rows = Way(search_method(config), config.probe.sampling_steps, config.sample.grid_power), []
+        sample, rows = config.sample, []
+        way = Way(search_method(config), config.probe.sampling_steps, sample.grid_power, sample.last_step)
 
         def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with autocast(self.device):
@@ -268,7 +269,7 @@ class Workshop:
             sampling.sample_labels(indices, range(config.model.classes), "balanced", seed),
             channels=reps.channels,
             side=reps.grid,
-            grid=sampling.time_grid(way.intervals, way.power),
+            grid=sampling.time_grid(schedule, way.intervals, way.power, way.last_step),
             method=way.method,
             seed=seed,
             device=self.device,

@@ -16,6 +16,7 @@ BEST_FIXED = "best fixed"  # stands for what the scan finds, until it has
 OBJECTIVES = {
     "corrected": ("objective.mode=corrected", "objective.proposal=mixture"),
     "corrected, uniform s": ("objective.mode=corrected", "objective.proposal=uniform"),
+    "corrected, uniform density": ("objective.mode=corrected", "objective.density=uniform"),
     "uncorrected": ("objective.mode=naive",),
 }
 SAMPLE_SEED, PROBE_SEED = 1000, 2000  # added to a run's seed: selection and scoring never share noise
@@ -54,7 +55,7 @@ class Study:
     """One preset's study: everything that PROTOCOL.md fixes.
 
     Samplers are ``heun10`` (Heun, 10 function evaluations) or ``dopri5``; those of ``integrators`` (groups of about the
-    same number of evaluations) also ``heun_euler9`` and ``heun10^1.5`` (the power of the time grid).  ``settings``
+    same number of evaluations) also ``heun_euler9@0.12`` and ``heun10^1.5`` (see ``sampler``).  ``settings``
     change the preset; ``sizes``, ``probes`` and ``third`` change that.  ``rank_samples``: samples by which a probe
     ranks the fixed schedules.
     """
@@ -138,21 +139,25 @@ def _objective(spec: Spec) -> tuple[str, ...]:
 
 
 class Way(NamedTuple):
-    """How samples are made: the method, intervals of time, and the power of their grid."""
+    """How samples are made: the method, intervals of time, the power of their grid, the last step's length."""
 
     method: str
     intervals: int
     power: float = 1.0
+    last_step: float = 0.0
 
 
 def sampler(name: str) -> Way:
-    """``heun18`` -> heun, 9 intervals; ``heun_euler17^1.5`` -> 9 intervals on a grid of power 1.5; ``dopri5``."""
+    """``heun18`` -> heun, 9 intervals; ``heun_euler17^1.5`` -> 9 intervals on a grid of power 1.5; ``dopri5``.
+
+    ``heun_euler17@0.12``: the last step takes 0.12 of local time (``sample.last_step``).
+    """
     if name == "dopri5":
         return Way(name, 1)
-    found = re.fullmatch(r"(heun|heun_euler)(\d+)(?:\^([\d.]+))?", name)
+    found = re.fullmatch(r"(heun|heun_euler)(\d+)(?:\^([\d.]+))?(?:@([\d.]+))?", name)
     if not found:
         raise ValueError(f"no sampler {name!r}")
-    return Way(found[1], (int(found[2]) + 1) // 2, float(found[3] or 1))
+    return Way(found[1], (int(found[2]) + 1) // 2, float(found[3] or 1), float(found[4] or 0))
 
 
 def nfe(name: str) -> int | None:
@@ -168,9 +173,8 @@ _THIRD_ROLES = "representations.roles=lags,free,leads"
 
 
 def _integrators(intervals: int) -> tuple[str, ...]:
-    """What question 8 compares at so many intervals: Heun and Heun with an Euler last step, on three grids."""
-    names = (f"heun{2 * intervals}", f"heun_euler{2 * intervals - 1}")
-    return tuple(name + power for name in names for power in ("", "^1.5", "^2"))
+    """What question 8 compares at so many intervals: the grid's own last step, and three that every schedule shares."""
+    return tuple(f"heun_euler{2 * intervals - 1}{last}" for last in ("", "@0.06", "@0.12", "@0.2"))
 
 
 STUDIES = {

@@ -132,8 +132,12 @@ def _third_report(ledger: Ledger) -> Report:
 
 
 def _integrator_specs(ledger: Ledger, seed: int) -> list[Spec]:
-    """Two fixed schedules, one that moves together and one that ends steeply: nothing that another question finds."""
-    return [Spec(name, seed) for name in ("synchronous", "power:3")]
+    """Two fixed schedules, one that moves together and one that ends steeply: nothing that another question finds.
+
+    With the usual density of local times and with the uniform one, which trains more where a sample is nearly done.
+    """
+    objectives = ("corrected", "corrected, uniform density")
+    return [Spec(name, seed, objective=what) for what in objectives for name in ("synchronous", "power:3")]
 
 
 def _integrators(ledger: Ledger, workshop: Workshop) -> list[Job]:
@@ -154,7 +158,7 @@ def _integrators_report(ledger: Ledger) -> Report:
             for metric in METRICS
         ]
         if any(row[name] for row in rows for name in columns):
-            caption = f"About {nfe(usual)} evaluations; after ^ the power of the time grid."
+            caption = f"About {nfe(usual)} evaluations; after ^ the grid's power, after @ the last step's local time."
             sections.append(Section(f"about-{nfe(usual)}", caption, ["schedule", "figure", *columns], rows))
         for spec in _integrator_specs(ledger, 0):
             for name in group[1:]:

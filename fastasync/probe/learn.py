@@ -215,7 +215,8 @@ def learn_schedule(
     probe, device = config.probe, torch.device(device)
     folder = Path(out_dir) if out_dir is not None else None
     trained = {"fingerprint": _fingerprint(config, latents, planned_flops), PLANNED: config.train.steps}
-    fingerprint = digest_tensors({}, trained, oracle, config.sample.integrator, config.sample.grid_power)[:16]
+    sample = config.sample
+    fingerprint = digest_tensors({}, trained, oracle, sample.integrator, sample.grid_power, sample.last_step)[:16]
     if folder is not None and (done := ProbeResult.load(folder, fingerprint)) is not None:
         return done
     if probe.estimator == "C" and score is None:
@@ -392,8 +393,9 @@ def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Te
     """Latents of the samples ``indices`` along a schedule: the same noise and labels for every schedule."""
     config, reps = job.config, job.config.representations
     ops = fastasync_kernels.select(config.model.kernels, job.device)
-    grid, parts = time_grid(config.probe.sampling_steps, config.sample.grid_power), []
-    for part in indices.split(config.sample.batch):
+    sample, parts = config.sample, []
+    grid = time_grid(schedule, config.probe.sampling_steps, sample.grid_power, sample.last_step)
+    for part in indices.split(sample.batch):
         labels = sample_labels(part, range(config.model.classes), "balanced", config.probe.seed)
         noise = initial_noise(part.to(job.device), (sum(reps.channels), reps.grid, reps.grid), config.probe.seed)
         parts.append(

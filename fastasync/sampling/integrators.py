@@ -42,12 +42,20 @@ def uniform_grid(steps: int) -> Tensor:
     return torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
 
 
-def time_grid(steps: int, power: float = 1.0) -> Tensor:
+def time_grid(schedule: Schedule, steps: int, power: float = 1.0, last_step: float = 0.0) -> Tensor:
     """``steps`` intervals of time, ``s = 1 - (1 - u)^power`` for uniform u: above 1 the steps shrink towards s = 1.
+
+    ``last_step`` > 0: the last interval begins as soon as no representation has more than that local time left, and the
+    others divide the time before it.  So the last step has the same length along every schedule: otherwise one that
+    ends steeply takes a longer last step, and what that costs or saves is not the path's merit.
 
     float64 [steps + 1] from 0 to 1.
     """
-    return 1 - (1 - uniform_grid(steps)) ** power
+    if not last_step or steps == 1:
+        return 1 - (1 - uniform_grid(steps)) ** power
+    left = torch.tensor(1 - last_step, dtype=torch.float64)
+    end = max(float(schedule.invert(k, left)) for k in range(schedule.count))
+    return torch.cat([end * time_grid(schedule, steps - 1, power), torch.ones(1, dtype=torch.float64)])
 
 
 def evaluations(method: str, steps: int) -> int | None:

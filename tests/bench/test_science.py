@@ -93,8 +93,9 @@ def test_steps_to_reach():
 
 
 def test_samplers_and_seeds():
-    assert sampler("heun18") == ("heun", 9, 1.0)
-    assert sampler("heun_euler17^1.5") == ("heun_euler", 9, 1.5)
+    assert sampler("heun18") == ("heun", 9, 1.0, 0.0)
+    assert sampler("heun_euler17^1.5") == ("heun_euler", 9, 1.5, 0.0)
+    assert sampler("heun_euler17@0.12") == ("heun_euler", 9, 1.0, 0.12)
     assert (nfe("heun18"), nfe("heun_euler17^1.5")) == (18, 17)
     with pytest.raises(ValueError, match="heun18x"):
         sampler("heun18x")

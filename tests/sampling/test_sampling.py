@@ -105,7 +105,7 @@ def test_the_last_step_by_euler_leaves_no_noise():
             calls.append(1)
             return velocity(x, tau, y)
 
-        return integrate(counted, schedule, x, torch.zeros(8), time_grid(10, 1.5), method, channels=(1, 1))
+        return integrate(counted, schedule, x, torch.zeros(8), time_grid(schedule, 10, 1.5), method, channels=(1, 1))
 
     for schedule in (synchronous(NAMES), offset(NAMES, 0.3, ROLES), power(NAMES, 3, ROLES)):
         assert run("heun", schedule).abs().amax((0, 2, 3)).min() > 1e-3
@@ -115,11 +115,37 @@ def test_the_last_step_by_euler_leaves_no_noise():
 
 
 def test_time_grid():
-    assert torch.equal(time_grid(8), uniform_grid(8))
-    grid = time_grid(8, 2.0)
+    straight = synchronous(NAMES)
+    assert torch.equal(time_grid(straight, 8), uniform_grid(8))
+    grid = time_grid(straight, 8, 2.0)
     assert grid[0] == 0
     assert grid[-1] == 1
     assert bool((grid.diff().diff() < 0).all())
+
+
+@pytest.mark.parametrize("schedule", [synchronous(NAMES), offset(NAMES, 0.3, ROLES), power(NAMES, 3, ROLES)])
+def test_the_last_step_is_as_long_along_every_schedule(schedule):
+    grid = time_grid(schedule, 6, last_step=0.12)
+    assert len(grid) == 7
+    assert grid[-1] == 1
+    last = 1 - schedule(grid[-2]).tau
+    assert float(last.max()) == pytest.approx(0.12, abs=1e-9)
+    torch.testing.assert_close(grid[:-1].diff(), (grid[-2] / 5).expand(5))  # the others divide the rest
+    assert torch.equal(time_grid(schedule, 1, last_step=0.12), uniform_grid(1))
+
+
+def test_one_steps_noise_does_not_depend_on_the_schedule():
+    """Images that are one point: what heun's last step leaves is half of it, whatever the schedule's slope."""
+    x = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def velocity(x, tau, y):  # of the point 0: where noise is left it is (0 - x) / (1 - tau), at tau = 1 nothing is
+        left = (1 - tau)[:, :, None, None]
+        return torch.where(left > 1e-9, -x / left.clamp(min=1e-12), 0.0)
+
+    for schedule in (synchronous(NAMES), power(NAMES, 3, ROLES)):
+        grid = time_grid(schedule, 10, last_step=0.12)
+        end = integrate(velocity, schedule, x, torch.zeros(8), grid, "heun", channels=(1, 1))
+        torch.testing.assert_close(end[:, 0], 0.06 * x[:, 0])
 
 
 def network(offset_value):
