@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fastasync_kernels.attention import BACKENDS
 
 from fastasync.errors import UserError, unknown_name
 from fastasync.objective import MODES, PROPOSALS, sfd_loss_weights
@@ -97,7 +98,7 @@ class Model:
     label_dropout: float = _number(0.1, 0.0, 1.0)
     repa_width: int = _number(0, 0)  # 0: no REPA projector
     kernels: str = _choice("auto", "auto", "triton", "reference")
-    attention: str = _choice("auto", "auto", "cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "reference")
+    attention: str = _choice("auto", "auto", *BACKENDS)
 
 
 @dataclass(frozen=True)

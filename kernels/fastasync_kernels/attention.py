@@ -9,6 +9,7 @@
 | ``sdpa`` | ``scaled_dot_product_attention`` with torch's own choice |
 | ``efficient`` | its memory-efficient backend |
 | ``triton`` | ``short_attention.py`` for at most 128 tokens, ``medium_attention.py`` for at most 256 |
+| ``mixed`` | cuDNN's forward, the backward of ``medium_attention.py``: at most 256 tokens |
 | ``reference`` | the formula in float32 (float64 for float64): for tests, needs the memory of all scores |
 
 Every backend takes q, k, v of shape [B, heads, N, Dh] in any memory order with a contiguous last axis, so neither the
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "reference")
+BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "mixed", "reference")
 _HALF = (torch.float16, torch.bfloat16)
 _OFF_HALF, _OFF = 0.02, 1e-3  # further than this from the formula a backend is wrong; rounding is a tenth of it
 _log = logging.getLogger(__name__)
@@ -129,6 +130,12 @@ def _triton(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return medium_attention.medium_attention(q, k, v)
 
 
+def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from . import medium_attention
+
+    return medium_attention.mixed_attention(q, k, v)
+
+
 _RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "cudnn": _cudnn,
     "fa4": _fa4,
@@ -137,6 +144,7 @@ _RUN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sdpa": _sdpa,
     "efficient": _efficient,
     "triton": _triton,
+    "mixed": _mixed,
     "reference": _reference,
 }
 
@@ -185,6 +193,9 @@ def _reason(backend: str, device: torch.device, dtype: torch.dtype, tokens: int,
         return ""
     if backend == "triton":
         return _triton_reason(device, dtype, tokens, head_dim)
+    if backend == "mixed":
+        own = _triton_reason(device, dtype, tokens, head_dim)
+        return own or _reason("cudnn", device, dtype, tokens, head_dim)
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"needs a CUDA device, not {device}"
     major = torch.cuda.get_device_capability(device)[0]
@@ -316,7 +327,8 @@ def resolve_backend(
     key = (name, dtype, tuple(shape), gradient)
     if key not in _choices:
         reasons = available_backends(device, dtype, shape)
-        candidates = [name for name in BACKENDS if not reasons[name] and name != "reference"]
+        unwanted = ("reference",) if gradient else ("reference", "mixed")  # forward, mixed is cudnn and more
+        candidates = [name for name in BACKENDS if not reasons[name] and name not in unwanted]
         timings = _measure(candidates, device, dtype, shape, gradient)
         _choices[key] = min(timings, key=timings.__getitem__) if timings else "reference"
         direction = "forward and backward" if gradient else "forward"

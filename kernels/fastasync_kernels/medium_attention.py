@@ -393,6 +393,36 @@ def medium_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return _forward_op(q, k, v)[0]
 
 
+def rows_of(lse: Tensor, width: int) -> Tensor:
+    """m and r [B, heads, 2, N] from another kernel's log-sum-exp [B, heads, N] (natural) of the scaled scores."""
+    return torch.stack([lse * width**0.5, torch.ones_like(lse)], 2)
+
+
+@torch.library.custom_op("fastasync::cudnn_attention", mutates_args=())
+def _cudnn_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's output, and m and r."""
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
+    out = _empty(q)
+    if found[0].stride() == out.stride():
+        out = found[0]
+    else:
+        out.copy_(found[0])
+    return out, rows_of(found[1].reshape(q.shape[:3]), q.shape[3])
+
+
+@_cudnn_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(q), _statistics(q)
+
+
+_cudnn_op.register_autograd(_backward, setup_context=_setup)
+
+
+def mixed_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``medium_attention`` with cuDNN's forward pass and the backward pass of this module; on CUDA, 16 bits."""
+    return _cudnn_op(q, k, v)[0]
+
+
 def _offline() -> list[OfflineCase]:
     """XL (16 heads of 72, 256 tokens) in bfloat16; padded rows; columns that are a power of two.  v is packed."""
     cases = []

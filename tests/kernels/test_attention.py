@@ -183,11 +183,11 @@ def test_auto_takes_the_fastest_once_for_each_shape_dtype_and_direction(pretend_
         assert resolve_backend("auto", "cuda", torch.float32, XL) == "sdpa"
         assert resolve_backend("auto", "cuda", torch.bfloat16, (0, *XL[1:])) == "sdpa"
     every = BACKENDS[:-1]  # but for reference
-    assert [call[0] for call in calls] == [every, every, ("sdpa", "efficient")]
+    assert [call[0] for call in calls] == [every, every[:-1], ("sdpa", "efficient")]  # mixed is for gradients
     assert len(caplog.records) == 3
     assert "cudnn for [256, 16, 256, 72] torch.bfloat16, forward and backward, on pretended GPU" in caplog.text
     resolve_backend("auto", "cuda", torch.bfloat16, (256, 16, 1024, 72))
-    assert calls[-1][0] == BACKENDS[:-2]  # triton is for shorter sequences
+    assert calls[-1][0] == BACKENDS[:-3]  # triton and mixed are for shorter sequences
 
 
 def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, caplog):
@@ -252,6 +252,8 @@ def test_reasons_on_cpu():
         ("triton", torch.bfloat16, 0, 72, "needs 1 to 256 tokens, not 0"),
         ("triton", torch.bfloat16, 64, 136, "head dimension of 1 to 128, not 136"),
         ("triton", torch.float32, 64, 32, "needs float16 or bfloat16, not torch.float32"),
+        ("mixed", torch.bfloat16, 257, 72, "needs 1 to 256 tokens, not 257"),
+        ("mixed", torch.bfloat16, 64, 100, "multiple of 8, not 100"),
     ],
 )
 def test_reasons_on_a_gpu(pretend_cuda, backend, dtype, tokens, width, words):
@@ -286,7 +288,7 @@ def test_a_missing_or_broken_package_is_the_reason(monkeypatch):
 
 def test_unknown_and_unavailable_backends_are_named_errors():
     (q, k, v), _ = draw((1, 1, 4, 8))
-    words = "'flash' is none of auto, cudnn, fa4, fa3, fa2, sdpa, efficient, triton, reference"
+    words = "'flash' is none of auto, cudnn, fa4, fa3, fa2, sdpa, efficient, triton, mixed, reference"
     with pytest.raises(BackendUnavailable, match=words):
         attention(q, k, v, "flash")
     with pytest.raises(BackendUnavailable, match=words):

@@ -22,6 +22,27 @@ TILES = {  # forward, backward for queries, backward for keys
 }
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_another_kernels_log_sum_exp_serves_the_backward_pass(shape, no_worse):
+    """What ``mixed_attention`` keeps of cuDNN's forward pass, here from the formula."""
+    tensors, upstream = draw(shape, torch.float16)
+    q, k, v = tensors
+    lse = ((q.double() @ k.double().mT) * shape[3] ** -0.5).logsumexp(-1).float()
+    out = _reference(q, k, v)
+    gradients = module._backward_op(upstream, q, k, v, out, module.rows_of(lse, shape[3]))
+    truth = run(_reference, tensors, upstream, torch.float64)
+    no_worse([out, *gradients], run(same_precision, tensors, upstream), truth, NAMES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 256, 72), (2, 3, 200, 64), (1, 2, 64, 32)])
+def test_mixed_attention(shape, dtype, no_worse):
+    tensors, upstream = draw(shape, dtype)
+    truth = run(_reference, tensors, upstream, torch.float64)
+    no_worse(run(module.mixed_attention, tensors, upstream), run(same_precision, tensors, upstream), truth, NAMES)
+
+
 def judge(tensors, upstream, no_worse):
     truth = run(_reference, tensors, upstream, torch.float64)
     no_worse(run(medium_attention, tensors, upstream), run(same_precision, tensors, upstream), truth, NAMES)
