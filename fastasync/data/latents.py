@@ -64,5 +64,5 @@ class LatentSet:
         indices = indices.to(self.device, non_blocking=True)
         z = self.z[indices]
         if flips is not None and self.flipped is not None:
-            z = torch.where(flips.to(self.device)[:, None, None, None], self.flipped[indices], z)
+            z = torch.where(flips.to(self.device, non_blocking=True)[:, None, None, None], self.flipped[indices], z)
         return z, self.labels[indices]

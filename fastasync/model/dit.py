@@ -14,6 +14,7 @@ import fastasync_kernels
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
+from fastasync_kernels import weight_gradient
 from fastasync_kernels.fp8_linear import Fp8Rows, fp8_linear, fp8_mlp, frozen_linear
 from torch import Tensor, nn
 
@@ -92,13 +93,17 @@ class BlockLinear(nn.Linear):
     """A linear layer of a block.
 
     ``fp8``: who casts for its three products in fp8, ``triton`` or ``reference``; ``frozen``: its weight, cast once.
+    ``parts``: parts of the rows that its weight's gradient is summed over (fastasync_kernels.weight_gradient).
     """
 
     fp8: str | None = None
     frozen: Fp8Rows | None = None
+    parts: int = 1
 
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
         if self.fp8 is None:
+            if self.parts > 1 and torch.is_grad_enabled():
+                return weight_gradient.linear(x, self.weight, bias, self.parts)
             return F.linear(x, self.weight, bias)
         if self.frozen is not None and not torch.is_grad_enabled():
             return frozen_linear(x, self.frozen, bias, self.fp8 == "triton")

@@ -123,7 +123,8 @@ class OnlineFeatures:
             flips = calls(number)[1]
             images = batch.images
             if flips is not None:
-                images = torch.where(flips.to(self.device)[:, None, None, None], batch.flipped, images)
+                mirrored = flips.to(self.device, non_blocking=True)[:, None, None, None]
+                images = torch.where(mirrored, batch.flipped, images)
             event = self._stream.record_event() if self._stream is not None else None
             yield _Views(batch.indices, flips, images, event)
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from fastasync_kernels import weight_gradient
 
 from fastasync.config import differences
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, memory_estimate
+from fastasync.model.dit import BlockLinear
 from fastasync.training import PlainEngine, build_model
-from fastasync.training.build import choose_autocast, choose_memory, use_fp8
+from fastasync.training.build import choose_autocast, choose_memory, prepare_model, use_fp8
 
 CPU = torch.device("cpu")
 
@@ -92,3 +94,27 @@ def test_fp8_leaves_linears_whose_sizes_it_cannot_take(tiny, caplog):
 def test_free_fields_may_change_within_a_run(tiny):
     changes = {"train": dict(memory="full", cuda_graph="auto"), "model": dict(attention="reference")}
     assert differences(tiny(), tiny(**changes)) == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weight_gradients_in_parts(tiny, monkeypatch, compiled):
+    """The rest of the network notices nothing; one graph without a break."""
+    config, gradients = tiny(train=dict(precision="bf16")), []
+    reps = config.representations
+    x, tau = torch.randn(8, sum(reps.channels), reps.grid, reps.grid), torch.rand(8, len(reps.names))
+    y = torch.zeros(8, dtype=torch.int64)
+    for parts in (1, 2):
+        monkeypatch.setattr(weight_gradient, "choose_parts", lambda *_, parts=parts: parts)
+        torch.manual_seed(0)
+        model = prepare_model(build_model(config), config, CPU, 8)
+        for p in model.parameters():  # adaLN and the last layer begin at zero
+            p.data += 0.02 * torch.randn_like(p)
+        linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
+        assert {linear.parts for linear in linears} == {parts}
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with torch.autocast("cpu", torch.bfloat16):
+            forward(x, tau, y).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert float((gradient - gradients[1][name]).norm()) <= 2.0**-7 * float(gradient.norm()), name
+    assert any(not torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
