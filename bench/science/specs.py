@@ -173,8 +173,8 @@ _THIRD_ROLES = "representations.roles=lags,free,leads"
 
 
 def _integrators(intervals: int) -> tuple[str, ...]:
-    """What question 8 compares at so many intervals: the grid's own last step, and three that every schedule shares."""
-    return tuple(f"heun_euler{2 * intervals - 1}{last}" for last in ("", "@0.06", "@0.12", "@0.2"))
+    """What question 8 compares at so many intervals: the grid's own last step, and five that every schedule shares."""
+    return tuple(f"heun_euler{2 * intervals - 1}{last}" for last in ("", "@0.06", "@0.12", "@0.2", "@0.3", "@0.4"))
 
 
 STUDIES = {
@@ -182,8 +182,8 @@ STUDIES = {
         preset="cifar10",
         settings=("sample.count=10000",),
         steps=6000,
-        headline=("heun_euler17", "heun_euler49"),
-        curve=("heun_euler5", "heun_euler9", "heun_euler17", "heun_euler29", "heun_euler49", "heun_euler99"),
+        headline=("heun_euler17@0.2", "heun_euler49@0.2"),
+        curve=tuple(f"heun_euler{count}@0.2" for count in (5, 9, 17, 29, 49, 99)),
         fixed=("synchronous", *_OFFSETS, *_POWERS),
         scan_seeds=3,
         rank_samples=5000,

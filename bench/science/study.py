@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import shlex
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def show_plan(ledger: Ledger, workshop: Workshop, numbers: Sequence[int], rates:
 
 
 def commit() -> str:
-    """The commit that is checked out, with + when the code differs from it; unknown outside a checkout."""
+    """The commit that is checked out, with + when the code differs from it; $FASTASYNC_COMMIT outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -126,7 +127,7 @@ def commit() -> str:
         name = git("rev-parse", "--short", "HEAD")
         return name + ("+" if git("status", "--porcelain", "--", "fastasync", "kernels", "bench/science/*.py") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("FASTASYNC_COMMIT", "unknown")
 
 
 class Worker:

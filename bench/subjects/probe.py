@@ -31,14 +31,14 @@ def run(bench: Bench) -> None:
         with torch.no_grad(), autocast(bench.device):
             probe(z, tau, y)
 
-    works = build(bench, "probe", size, batch, ("ours eager" if bench.small else "ours regional",))
+    # one after the other, as a probe and its run use a GPU: side by side XL's activations leave the probe no memory
     calls = {"probe step": train, "probe forward": sample}
+    measured = bench.interleaved(calls, rounds=min(bench.rounds, 4), warm=5, inner=10)
+    works = build(bench, "probe", size, batch, ("ours eager" if bench.small else "ours regional",))
     for work in works.values():
         schedule = learned_schedule(work.config)
-        calls["run step"] = lambda work=work, schedule=schedule: work.step(schedule)
-    # the run's activations fill the memory: the first steps of a turn pay for that, and are not timed
-    free = torch.cuda.empty_cache if half else None
-    measured = bench.interleaved(calls, rounds=min(bench.rounds, 4), warm=3, inner=5, before=free)
+        calls = {"run step": lambda work=work, schedule=schedule: work.step(schedule)}
+        measured |= bench.interleaved(calls, rounds=min(bench.rounds, 4), warm=2, inner=5)
     times = {name: summarize(values) for name, values in measured.items()}
     note = ""
     if works:

@@ -38,7 +38,10 @@ LONGEST, WIDEST = 256, 128  # tokens and head dimension
 
 
 class Tile(NamedTuple):
-    """One kernel's launch: queries and keys at a time; ``stages``: steps of the loop that are in flight at once."""
+    """One kernel's launch: queries and keys at a time; ``stages``: steps of the loop that are in flight at once.
+
+    At most 128 of either: with 256 keys, compiled by Triton 3.6.0, the forward kernel is wrong (bench/NOTES.md).
+    """
 
     queries: int = 64
     keys: int = 64

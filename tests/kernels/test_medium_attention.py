@@ -18,7 +18,7 @@ TILES = {  # forward, backward for queries, backward for keys
     "default": (module.FORWARD, module.FOR_QUERIES, module.FOR_KEYS),
     "32": (Tile(32, 32), Tile(32, 32), Tile(32, 32)),
     "uneven": (Tile(64, 32, 4, 3), Tile(128, 64, 8, 1), Tile(64, 128, 8, 2)),
-    "whole": (Tile(64, 256), Tile(64, 256), Tile(256, 64)),
+    "128": (Tile(64, 128), Tile(64, 128), Tile(128, 64)),
 }
 
 
