@@ -1,5 +1,8 @@
-"""Work-arounds for other packages."""
+"""Work-arounds for other packages, and that those which tests need are there."""
 
+import importlib.util
+
+import pytest
 import torch
 from torch._inductor import exc
 
@@ -27,3 +30,22 @@ def test_newer_compilers_are_left_alone(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.13.0"))
     compat.shorten_compiler_messages()
     assert exc.OperatorIssue.operator_str is before
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "deepspeed",
+        "diffusers",
+        "nvidia.dali",
+        "tensorboard",
+        "timm",
+        "torch_fidelity",
+        "torchao",
+        "torchvision",
+        "triton",
+    ],
+)
+def test_nothing_is_skipped_for_want_of_a_package(package):
+    """Tests that need one of these skip without it, so that the rest runs on a bare GPU machine: not in `make test`."""
+    assert importlib.util.find_spec(package) is not None

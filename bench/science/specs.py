@@ -16,7 +16,6 @@ BEST_FIXED = "best fixed"  # stands for what the scan finds, until it has
 OBJECTIVES = {
     "corrected": ("objective.mode=corrected", "objective.proposal=mixture"),
     "corrected, uniform s": ("objective.mode=corrected", "objective.proposal=uniform"),
-    "corrected, uniform density": ("objective.mode=corrected", "objective.density=uniform"),
     "uncorrected": ("objective.mode=naive",),
 }
 SAMPLE_SEED, PROBE_SEED = 1000, 2000  # added to a run's seed: selection and scoring never share noise

@@ -13,6 +13,7 @@ from types import ModuleType
 import fastasync_kernels
 import torch
 from fastasync_kernels import reference
+from fastasync_kernels.weight_gradient import weight_gradient
 from torch import Tensor
 
 from bench.harness import Bench, Summary, summarize
@@ -55,7 +56,9 @@ def run(bench: Bench) -> None:
             "output, fp8 one scale": lambda a=x8, b=w8, s=one: product(a, b, s, s),
             "input's gradient, bf16": lambda g=g, w=w: g @ w,
             "input's gradient, fp8 rows": lambda a=g8, b=v8, s=sg, t=sv: product(a, b, s, t.t()),
-            "weight's gradient, bf16": lambda g=g, x=x: g.t() @ x,
+            "weight's gradient, bf16": lambda g=g, x=x: weight_gradient(g, x, 1),
+            "weight's gradient, bf16, 2 parts": lambda g=g, x=x: weight_gradient(g, x, 2),
+            "weight's gradient, bf16, 4 parts": lambda g=g, x=x: weight_gradient(g, x, 4),
             "weight's gradient, fp8 rows": lambda a=gt8, b=xt8, s=sgt, t=sxt: product(a, b, s, t.t()),
         }
         for who, both in casts.items():

@@ -30,17 +30,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 from .short_attention import _empty, _strides
 
 LONGEST, WIDEST = 256, 128  # tokens and head dimension
+LARGEST_TILE = 128  # with 256 keys the forward kernel that Triton 3.6.0 compiles is wrong (bench/NOTES.md)
 
 
 class Tile(NamedTuple):
     """One kernel's launch: queries and keys at a time; ``stages``: steps of the loop that are in flight at once.
 
-    At most 128 of either: with 256 keys, compiled by Triton 3.6.0, the forward kernel is wrong (bench/NOTES.md).
+    Compiled, at most ``LARGEST_TILE`` of either.
     """
 
     queries: int = 64
@@ -299,6 +300,8 @@ def _columns(width: int) -> tuple[int, int]:
 
 
 def _meta(heads: int, tokens: int, width: int, tile: Tile) -> dict[str, Any]:
+    if not INTERPRET and max(tile.queries, tile.keys) > LARGEST_TILE:
+        raise ValueError(f"{tile} is wrong when compiled: at most {LARGEST_TILE} queries and keys at a time")
     head, tail = _columns(width)
     most = max(16, triton.next_power_of_2(tokens))
     sizes = {"HEADS": heads, "TOKENS": tokens, "DH": width, "HEAD": head, "TAIL": tail}
@@ -404,13 +407,9 @@ def rows_of(lse: Tensor, width: int) -> Tensor:
 @torch.library.custom_op("fastasync::cudnn_attention", mutates_args=())
 def _cudnn_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """cuDNN's output, and m and r."""
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
-    out = _empty(q)
-    if found[0].stride() == out.stride():
-        out = found[0]
-    else:
-        out.copy_(found[0])
-    return out, rows_of(found[1].reshape(q.shape[:3]), q.shape[3])
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # a copy only where q lies in memory as B, heads, N, Dh
+    return out, rows_of(lse.reshape(q.shape[:3]), q.shape[3])
 
 
 @_cudnn_op.register_fake

@@ -19,6 +19,7 @@ TILES = {  # forward, backward for queries, backward for keys
     "32": (Tile(32, 32), Tile(32, 32), Tile(32, 32)),
     "uneven": (Tile(64, 32, 4, 3), Tile(128, 64, 8, 1), Tile(64, 128, 8, 2)),
     "128": (Tile(64, 128), Tile(64, 128), Tile(128, 64)),
+    "whole": (Tile(64, 256), Tile(64, 256), Tile(256, 64)),
 }
 
 
@@ -68,7 +69,19 @@ def test_output_and_gradients_no_worse_than_twice_the_reference(shape, dtype, no
 @pytest.mark.parametrize("tiles", [name for name in TILES if name != "default"])
 def test_other_tiles(tiles, shape, dtype, no_worse, chosen):
     chosen(tiles)
-    judge(*draw(shape, dtype, seed=1), no_worse)
+    if tiles == "whole" and CUDA:
+        with pytest.raises(ValueError, match="is wrong when compiled: at most 128 queries and keys"):
+            medium_attention(*draw(shape, dtype, seed=1)[0])
+    else:
+        judge(*draw(shape, dtype, seed=1), no_worse)
+
+
+def test_tiles_that_are_wrong_when_compiled_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "INTERPRET", False)
+    for tile in (Tile(256, 64), Tile(64, 256)):
+        with pytest.raises(ValueError, match="is wrong when compiled: at most 128 queries and keys"):
+            module._meta(16, 256, 72, tile)
+    assert module._meta(16, 256, 72, Tile())["KEYS"] == 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
