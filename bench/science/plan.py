@@ -87,6 +87,11 @@ class Ledger:
         self.runs = Table(out / "runs.csv", [*SPEC_FIELDS, "step", *facts], len(SPEC_FIELDS) + 1)
         self.ranks = Table(out / "probes.csv", [*RANK_COLUMNS, *RANK_FACTS], 3)
 
+    def refresh(self) -> None:
+        """What other processes have done since."""
+        self.runs.refresh()
+        self.ranks.refresh()
+
     @property
     def scan_seeds(self) -> list[int]:
         return [SCAN_SEED + i for i in range(self.study.scan_seeds)]

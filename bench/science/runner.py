@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bench.science.specs import LEARNED, Spec, Study, Way, nfe, sampler
+from bench.science.table import locked
 from fastasync import sampling
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
@@ -81,7 +82,8 @@ class Workshop:
         if representations not in self._inputs:
             config = self.study.common(representations)
             run = Run(self.work / "inputs", config, self.work / f"prepared-{representations}")
-            self._inputs[representations] = open_inputs(run, self.device, self.say)
+            with locked(self.work / "inputs.lock"):
+                self._inputs[representations] = open_inputs(run, self.device, self.say)
         return self._inputs[representations]
 
     def scoring(self, representations: str) -> tuple[FeatureExtractor, Reference]:
@@ -89,7 +91,8 @@ class Workshop:
         if representations not in self._scoring:
             inputs = self.inputs(representations)
             extractor = inputs.extractor()
-            self._scoring[representations] = extractor, inputs.reference(extractor)
+            with locked(self.work / "inputs.lock"):
+                self._scoring[representations] = extractor, inputs.reference(extractor)
         return self._scoring[representations]
 
     # --- schedules ------------------------------------------------------------------------------------------------
@@ -122,16 +125,17 @@ class Workshop:
     def probe(self, estimator: str, variant: str, seed: int, representations: str = "pair") -> ProbeResult:
         """A probe's result, learned once."""
         config = self.study.probe_config(estimator, variant, seed, representations)
-        inputs = self.inputs(representations)
-        return learn_schedule(
-            config,
-            inputs.latents,
-            planned_flops=planned_flops(config),
-            score=inputs.scorer() if estimator == "C" else None,
-            device=self.device,
-            out_dir=self.probe_folder(estimator, variant, seed, representations),
-            progress=sys.stderr.isatty(),
-        )
+        inputs, folder = self.inputs(representations), self.probe_folder(estimator, variant, seed, representations)
+        with locked(folder.with_suffix(".lock")):
+            return learn_schedule(
+                config,
+                inputs.latents,
+                planned_flops=planned_flops(config),
+                score=inputs.scorer() if estimator == "C" else None,
+                device=self.device,
+                out_dir=folder,
+                progress=sys.stderr.isatty(),
+            )
 
     def rank(self, variant: str, seed: int, names: Sequence[str]) -> tuple[ProbeResult, list[Ranked]]:
         """Every named schedule, and the probe's own choice, by the probe of C: the same noise and labels for each."""
@@ -275,6 +279,10 @@ class Workshop:
             device=self.device,
             ops=choose_ops(config.model.kernels, self.device),
         )
+
+    def claim(self, job: object) -> Path:
+        """The lock that whoever works on a job holds."""
+        return self.work / "claims" / str(job).replace(" ", "_").replace("/", "-")
 
     def discard(self, spec: Spec) -> None:
         """Remove a scored run's checkpoints; its row has everything."""

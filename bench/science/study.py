@@ -2,12 +2,14 @@
 
 Runs one job after another in the order of the questions, writes a row for each, and can be stopped at any moment:
 the same command goes on.  ``--dry-run`` prints what is left and how long it takes; ``--seconds`` does what fits.
+The same command started several times (on one GPU or, with CUDA_VISIBLE_DEVICES, on several) shares the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import shlex
 import subprocess
@@ -34,7 +36,7 @@ from bench.science.plan import (
 )
 from bench.science.runner import Workshop
 from bench.science.specs import STUDIES, Study
-from bench.science.table import markdown, write_csv
+from bench.science.table import locked, markdown, write_csv
 from fastasync.errors import UserError, unknown_name
 from fastasync.files import atomic_path
 from fastasync.report.style import png
@@ -53,6 +55,7 @@ QUESTIONS: dict[int, Question] = {
         variants.INTEGRATORS,
     )
 }
+WAIT = 2.0  # seconds between two looks at what other processes have finished
 FAILURES = 3  # in a row stop the study: then it is the machine, not the run
 Say = Callable[[str], None]
 
@@ -224,18 +227,37 @@ def work(
     ledger, workshop = worker.ledger, worker.workshop
     start = time.perf_counter()
     while True:
+        ledger.refresh()
         left = [job for jobs in plan(ledger, workshop, numbers).values() for job in jobs]
         ready = [job for job in left if job.runnable]
         rates = measured_rates(ledger, workshop.hardware, assumed)
-        if limit is not None:
-            room = limit - (time.perf_counter() - start)
-            ready = [job for job in ready if seconds(job, ledger, workshop, rates) <= room]
-        if not ready or worker.failures >= FAILURES:
+        room = math.inf if limit is None else limit - (time.perf_counter() - start)
+        ready = [job for job in ready if seconds(job, ledger, workshop, rates) <= room]
+        if worker.failures >= FAILURES:
             return left
-        job = ready[0]
-        expected, began = seconds(job, ledger, workshop, rates), time.perf_counter()
-        worker.run(job)
-        say(f"{job}: {time.perf_counter() - began:.0f} s (expected {expected:.0f}); {len(left) - 1} jobs left")
+        for job in ready:
+            with locked(workshop.claim(_key(job)), wait=False) as ours:
+                if not ours or not _still_missing(ledger, job):
+                    continue
+                expected, began = seconds(job, ledger, workshop, rates), time.perf_counter()
+                worker.run(job)
+            say(f"{job}: {time.perf_counter() - began:.0f} s (expected {expected:.0f}); {len(left) - 1} jobs left")
+            break
+        else:
+            if room <= 0 or not any(_in_other_hands(workshop, job) for job in left):
+                return left
+            time.sleep(WAIT)  # what another process finishes may make more jobs ready
+
+
+def _still_missing(ledger: Ledger, job: Job) -> bool:
+    """Whether no other process has finished it since it was planned."""
+    ledger.refresh()
+    return ledger.missing(job) == job
+
+
+def _in_other_hands(workshop: Workshop, job: Job) -> bool:
+    with locked(workshop.claim(_key(job)), wait=False) as ours:
+        return not ours
 
 
 def write_reports(ledger: Ledger, numbers: Sequence[int], command: str) -> Path:

@@ -1,9 +1,15 @@
-"""Results as files: rows in a CSV that is rewritten as a whole, and tables for people in Markdown beside it."""
+"""Results as files: rows in a CSV that is rewritten as a whole, and tables for people in Markdown beside it.
+
+Several processes may share a CSV: each change is made to what the file holds by then, under a lock.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +28,45 @@ def as_text(value: Any) -> str:
     return " ".join(str(value).split())
 
 
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock ``path`` (a file of its own) against other processes; whether it is ours: without ``wait`` it may
+    be in other hands.  The system frees it however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            # a POSIX record lock, which worker processes do not inherit
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (BlockingIOError, PermissionError):
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 class Table:
     """Rows with fixed columns, the first ``keys`` of which identify a row; in memory and in one CSV file."""
 
     def __init__(self, path: Path, columns: Sequence[str], keys: int):
         self.path, self.columns, self.keys = path, list(columns), keys
         self.rows: dict[tuple[str, ...], Row] = {}
-        if path.exists():
-            with open(path, newline="") as stream:
-                reader = csv.DictReader(stream)
-                found = reader.fieldnames or []
-                if list(found[:keys]) != self.columns[:keys]:
-                    raise UserError(str(path), ",".join(found[:keys]), "is of another version: move it away")
-                self.columns += [name for name in found if name not in self.columns]
-                for row in reader:
-                    key = tuple(row[name] for name in self.columns[:keys])
-                    self.rows[key] = {name: row.get(name) or "" for name in self.columns}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The rows that the file holds now: other processes add to it."""
+        if not self.path.exists():
+            return
+        with open(self.path, newline="") as stream:
+            reader = csv.DictReader(stream)
+            found = list(reader.fieldnames or [])
+            if found[: self.keys] != self.columns[: self.keys]:
+                raise UserError(str(self.path), ",".join(found[: self.keys]), "is of another version: move it away")
+            self.columns += [name for name in found if name not in self.columns]
+            for row in reader:
+                key = tuple(row[name] for name in self.columns[: self.keys])
+                self.rows[key] = {name: row.get(name) or "" for name in self.columns}
 
     def get(self, *key: Any) -> Row | None:
         """The row of a key, or None."""
@@ -50,6 +79,11 @@ class Table:
         if unknown:
             raise ValueError(f"columns {sorted(unknown)} are not in {self.path.name}")
         key = tuple(row[name] for name in self.columns[: self.keys])
+        with locked(self.path.with_name(f".{self.path.name}.lock")):
+            self.refresh()
+            self._put(key, row)
+
+    def _put(self, key: tuple[str, ...], row: Row) -> None:
         self.rows[key] = {**dict.fromkeys(self.columns, ""), **self.rows.get(key, {}), **row}
         write_csv(self.path, self.columns, self.rows.values())
 

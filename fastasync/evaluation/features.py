@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,11 @@ class FeatureSet:
     logits: Tensor | None = None
 
     def statistics(self) -> GaussianStatistics:
-        """Mean and covariance; UserError with fewer than two samples or non-finite features."""
+        """Mean and covariance, computed once; UserError with fewer than two samples or non-finite features."""
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> GaussianStatistics:
         accumulator = StatisticsAccumulator(self.extractor)
         accumulator.update(self.features)
         return accumulator.statistics()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ class GaussianStatistics:
             raise UserError("feature statistics", f"{self.count} samples", "a covariance needs at least two")
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.cov).all()):
             raise UserError("feature statistics", "NaN or Inf", "look for non-finite samples or features")
+
+    @cached_property
+    def half(self) -> Tensor:
+        """A [r, D] with A^T A = cov, r its numerical rank; computed once: a reference serves many comparisons."""
+        return _half(self.cov)
 
     def save(self, path: Path | str) -> None:
         """Write an npz with ``mu``, ``sigma`` (the FID community's names), ``count`` and ``extractor``, atomically."""
@@ -150,7 +156,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     if a.extractor and b.extractor and a.extractor != b.extractor:
         names = f"extractors {a.extractor[:12]} and {b.extractor[:12]}"
         raise UserError("frechet distance", names, "extract both sets with the same one")
-    half_a, half_b = _half(a.cov), _half(b.cov)
+    half_a, half_b = a.half, b.half
     overlap = torch.linalg.svdvals(half_a @ half_b.T).sum() if len(half_a) and len(half_b) else torch.zeros(())
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)
@@ -171,7 +177,7 @@ def frechet_influence(features: Tensor, reference: GaussianStatistics) -> Tensor
     mean = x.mean(0)
     centred = x - mean
     cov = centred.T @ centred / (len(x) - 1)
-    half = _half(reference.cov)
+    half = reference.half
     values, vectors = torch.linalg.eigh(half @ cov @ half.T)
     keep = values > max(float(values[-1]), 0.0) * len(values) * torch.finfo(values.dtype).eps
     root = (vectors[:, keep] * values[keep].pow(-0.25)).T @ half  # root^T root = T

@@ -3,11 +3,14 @@
 import argparse
 import csv
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from bench.harness import ROOT
 from bench.science import plan, rules, study
 from bench.science.plan import FAILED, Ledger, Question, RankJob, Rates, TrainJob, merge
 from bench.science.runner import Workshop
@@ -38,6 +41,15 @@ TINY = replace(
     sample_batch=40,
 )
 ASSUMED = Rates(0.01, 1e-4, 1.0)
+_HOLD = """
+import sys, time
+from pathlib import Path
+from bench.science.table import locked
+with locked(Path(sys.argv[1]), wait=False) as ours:
+    assert ours
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
@@ -331,6 +343,42 @@ def test_failures_in_a_row_stop_the_study(finished, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "seconds", lambda *_: 1.0)
     assert len(study.work(worker, [1], ASSUMED, say=lambda line: None)) == 5 - study.FAILURES
     assert len(ledger.runs.rows) == study.FAILURES
+
+
+def test_processes_share_the_work(finished, monkeypatch, tmp_path):
+    """What another process holds is left to it, and taken once that process has died without doing it."""
+    _, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], tmp_path)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    points = ((40, ("heun2",)),)
+    jobs = [TrainJob(Spec(name, 100), points) for name in TINY.fixed]
+    monkeypatch.setitem(study.QUESTIONS, 1, Question(1, "two", lambda *_: jobs, study.QUESTIONS[1].report))
+    claim = workshop.claim(jobs[0].spec)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLD, str(claim)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert holder.stdout.readline() == "held\n"
+    done, run = [], worker.run
+
+    def recorded(job):
+        done.append(job.spec.schedule)
+        run(job)
+
+    monkeypatch.setattr(worker, "run", recorded)
+    monkeypatch.setattr(study, "WAIT", 0.05)
+    monkeypatch.setattr(study.time, "sleep", lambda _: holder.poll() is None and (holder.kill(), holder.wait()))
+    assert study.work(worker, [1], ASSUMED, say=lambda line: None) == []
+    assert done == ["power:2", "synchronous"]
+
+
+def test_two_tables_of_one_file_lose_no_row(tmp_path):
+    first, second = (Table(tmp_path / "rows.csv", ["name", "value", "more"], 1) for _ in range(2))
+    first.put({"name": "a", "value": 1})
+    second.put({"name": "b", "value": 2})
+    first.put({"name": "b", "more": 3})
+    second.refresh()
+    assert [tuple(row.values()) for row in second.rows.values()] == [("a", "1", ""), ("b", "2", "3")]
+    assert second.rows == Table(first.path, first.columns, 1).rows
 
 
 def test_time_limit_starts_nothing_that_does_not_fit(finished, tmp_path):
