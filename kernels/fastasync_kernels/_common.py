@@ -153,8 +153,25 @@ def philox_words(seed, step, sample, block, STREAM: tl.constexpr):
 
 @triton.jit
 def unit(word):
-    """32-bit word -> float32 in (0, 1): the middle of one of 2**23 equal cells, exact."""
-    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    """32-bit word -> float32 in (0, 1): the middle of one of 2**23 equal cells, exact.
+
+    The upper 23 bits as the fraction of a number in [1, 2), less 1 - 2**-24: no conversion, which is a slow instruction.
+    """
+    return ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994
+
+
+@triton.jit
+def log_of_unit(u):
+    """ln u of u = unit(word): u = 2**e (1 + f), |f| <= 1/3, and a minimax polynomial of log1p (relative error 3e-8).
+
+    The library's log takes care of zero, infinity and numbers below 2**-126 too: half of its instructions and a branch.
+    """
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # e 2**23
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    q = -0.16416438 + f * (0.13995981 + f * (-0.15386271 + f * 0.14025611))
+    q = -0.49999937 + f * (0.33333197 + f * (-0.2500779 + f * (0.20011157 + f * q)))
+    return exponent.to(tl.float32) * 8.262958e-08 + (f + f * (f * q))  # ln 2 / 2**23
 
 
 @triton.jit
@@ -163,20 +180,27 @@ def box_muller(radius_word, angle_word):
 
     w is a multiple of a quarter turn plus r, |r| <= 1/8, in exact integer arithmetic; then minimax polynomials in r
     (errors 5e-11 and 1.2e-9): a third of the instructions of the library's two range reductions, and more accurate.
+    Signs are set in the numbers' highest bit, and the integer part of r becomes a float as the fraction of 1.5 2**23.
     """
-    radius = tl.sqrt(-2.0 * tl.log(unit(radius_word)))
+    radius = tl.sqrt(-2.0 * log_of_unit(unit(radius_word)))
     cell = (angle_word >> 9).to(tl.int32)
     quarter = (cell + (1 << 20)) >> 21
-    r = ((cell - (quarter << 21)).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    r = (cell - (quarter << 21) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
+    r = r * 1.1920928955078125e-07 + 5.960464477539063e-08
     rr = r * r
     cosine = 1.0 + rr * (-19.739208 + rr * (64.93933 + rr * (-85.44374 + rr * 59.24597)))
     sine = r * (6.2831852 + rr * (-41.341628 + rr * (81.588125 + rr * -75.240064)))
     swap = (quarter & 1) == 1
-    x = tl.where(swap, sine, cosine)
-    y = tl.where(swap, cosine, sine)
-    x = tl.where(((quarter + 1) & 2) == 2, -x, x)
-    y = tl.where((quarter & 2) == 2, -y, y)
-    return radius * x, radius * y
+    x = _signed(radius * tl.where(swap, sine, cosine), quarter + 1)
+    y = _signed(radius * tl.where(swap, cosine, sine), quarter)
+    return x, y
+
+
+@triton.jit
+def _signed(value, quarter):
+    """Minus value in the quarters 2 and 3 of every 4."""
+    flipped = value.to(tl.int32, bitcast=True) ^ ((quarter << 30) & -0x80000000)
+    return flipped.to(tl.float32, bitcast=True)
 
 
 @triton.jit
