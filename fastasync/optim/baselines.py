@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastasync.errors import UserError
-from fastasync.optim.ema import EmaInterface, check_gradient, check_max_norm, restore_precision
+from fastasync.optim.ema import Combine, EmaInterface, check_gradient, check_max_norm, restore_precision
 
 
 class SeparateEma(EmaInterface):
@@ -45,13 +45,17 @@ class SeparateEma(EmaInterface):
         return loss
 
     @torch.no_grad()
-    def clip_and_step(self, max_norm: float | None = None, grad_scale: float = 1.0) -> Tensor:
+    def clip_and_step(
+        self, max_norm: float | None = None, grad_scale: float = 1.0, combine: Combine | None = None
+    ) -> Tensor:
         limit = check_max_norm(max_norm)
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return torch.zeros(())
         grads = [check_gradient(p.grad) for p in params]
         norm = get_total_norm([_wide(grad) for grad in grads]) * abs(grad_scale)
+        if combine is not None:
+            norm = combine(norm)
         if not math.isfinite(float(norm)):
             return norm
         if grad_scale != 1.0:

@@ -7,7 +7,7 @@ shards the optimizer (DeepSpeed ZeRO), and is restored with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastasync.errors import UserError
+
+Combine = Callable[[Tensor], Tensor]
 
 
 def restore_precision(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -43,11 +45,14 @@ def restore_precision(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 class EmaInterface(Optimizer):
     """What the training loop asks of any of the optimizers, on top of ``torch.optim.Optimizer``."""
 
-    def clip_and_step(self, max_norm: float | None = None, grad_scale: float = 1.0) -> Tensor:
+    def clip_and_step(
+        self, max_norm: float | None = None, grad_scale: float = 1.0, combine: Combine | None = None
+    ) -> Tensor:
         """One update with ``grad_scale * gradient``, clipped to the 2-norm ``max_norm`` (None: not clipped).
 
-        Returns the norm before clipping (0-d float32, on the parameters' device).  If it is not finite, nothing has
-        been updated: weights, moments, EMA and step counts are as before.
+        ``combine``: where the parameters are a shard of all, from the norm of this shard's gradients to that of all
+        (0-d float32).  Returns the norm before clipping (0-d float32, on the parameters' device).  If it is not finite,
+        nothing has been updated: weights, moments, EMA and step counts are as before.
         """
         raise NotImplementedError
 

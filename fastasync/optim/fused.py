@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from fastasync.errors import UserError
 from fastasync.optim import library
-from fastasync.optim.ema import EmaInterface, check_gradient, check_max_norm, restore_precision
+from fastasync.optim.ema import Combine, EmaInterface, check_gradient, check_max_norm, restore_precision
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -165,7 +165,12 @@ class FusedAdamW(EmaInterface):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None, grad_scale: float = 1.0
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        grad_scale: float = 1.0,
+        combine: Combine | None = None,
     ) -> Any:
         """One update.  Without ``max_norm`` the gradients (times ``grad_scale``) are neither clipped nor checked.
 
@@ -175,14 +180,16 @@ class FusedAdamW(EmaInterface):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.grad_norm = self._update(None if max_norm is None else check_max_norm(max_norm), grad_scale)
+        self.grad_norm = self._update(None if max_norm is None else check_max_norm(max_norm), grad_scale, combine)
         return loss
 
-    def clip_and_step(self, max_norm: float | None = None, grad_scale: float = 1.0) -> Tensor:
-        self.step(max_norm=check_max_norm(max_norm), grad_scale=grad_scale)
+    def clip_and_step(
+        self, max_norm: float | None = None, grad_scale: float = 1.0, combine: Combine | None = None
+    ) -> Tensor:
+        self.step(max_norm=check_max_norm(max_norm), grad_scale=grad_scale, combine=combine)
         return cast(Tensor, self.grad_norm)
 
-    def _update(self, max_norm: float | None, grad_scale: float) -> Tensor | None:
+    def _update(self, max_norm: float | None, grad_scale: float, combine: Combine | None) -> Tensor | None:
         """One step over all groups; with ``max_norm`` the gradients' norm is computed and returned, and guards it."""
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         groups = [(group, params) for group, params in groups if params]
@@ -193,7 +200,7 @@ class FusedAdamW(EmaInterface):
             return None if max_norm is None else torch.zeros(())
         native = self._library(every)
         if native is None or any(p.grad.dtype not in _NATIVE_DTYPES for p in every):
-            return _torch_update([(group, self._slots(group)) for group, _ in groups], max_norm, grad_scale)
+            return _torch_update([(group, self._slots(group)) for group, _ in groups], max_norm, grad_scale, combine)
 
         device = every[0].device
         plans = [self._plan(group, params, device) for group, params in groups]
@@ -201,6 +208,9 @@ class FusedAdamW(EmaInterface):
         if max_norm is not None:
             tables = [plan.table for plan in plans]
             norm, status = native.norm(np.concatenate(tables), grad_scale, max_norm, device)
+            if combine is not None:
+                norm = combine(norm)
+                status = library.status_of(norm, grad_scale, max_norm)
         for (group, _), plan in zip(groups, plans):
             lr, decay = group["lr"], group["ema_decay"]
             on_device = torch.is_tensor(lr) and lr.device == device and lr.dtype == torch.float32
@@ -298,7 +308,10 @@ def _addressable(slot: _Slot, device: torch.device) -> _Slot:
 
 
 def _torch_update(
-    groups: Sequence[tuple[dict[str, Any], list[_Slot]]], max_norm: float | None, grad_scale: float
+    groups: Sequence[tuple[dict[str, Any], list[_Slot]]],
+    max_norm: float | None,
+    grad_scale: float,
+    combine: Combine | None,
 ) -> Tensor | None:
     """The same step in PyTorch (foreach).  With ``max_norm`` it reads the norm on the host, waiting for the device."""
     wide = [[slot.grad.to(slot.master.dtype) for slot in slots] for _, slots in groups]
@@ -307,7 +320,7 @@ def _torch_update(
         # Accumulated in float64, as the compiled paths do between chunks: float32 loses digits on large CPU tensors.
         norms = torch._foreach_norm([grad for grads in wide for grad in grads], 2, dtype=torch.float64)
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) * abs(grad_scale)
-        norm = norm.to(torch.float32)
+        norm = norm.to(torch.float32) if combine is None else combine(norm.to(torch.float32))
         value = float(norm)
         if not math.isfinite(value):
             return norm

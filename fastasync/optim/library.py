@@ -56,6 +56,13 @@ def entry(
     )
 
 
+def status_of(norm: Tensor, grad_scale: float, max_norm: float) -> Tensor:
+    """What ``Library.norm`` would give as status for this ``norm`` (0-d), as finish_norm in csrc/adamw.h does."""
+    finite = norm.isfinite()
+    factor = grad_scale * (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+    return torch.stack([norm.double(), factor.masked_fill(~finite, 0.0), (~finite).double()]).to(torch.float32)
+
+
 class Library:
     """One loaded library.  No call waits for the device; the caller keeps the tensors alive until the call returns."""
 

@@ -2,9 +2,11 @@
 
 Precision is autocast over float32 weights, as in the plain engine, and our AdamW with its EMA is DeepSpeed's client
 optimizer: the EMA is optimizer state, so ZeRO shards it.  Bytes a parameter on each of N ranks (weights + gradients +
-float32 copy, two moments, EMA):
+two moments, EMA; stage 3 keeps a second copy of its weights):
 
-    ZeRO 0: 4 + 4 + 12      1: 4 + 4 + 16 / N      2: 4 + (4 + 16) / N      3: (4 + 4 + 16) / N
+    ZeRO 0: 4 + 4 + 12      1: 4 + 4 + 12 / N      2: 4 + (4 + 12) / N      3: (4 + 4 + 16) / N
+
+In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and the host never waits.
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
@@ -101,8 +103,15 @@ class DeepSpeedEngine:
         )
         compile_in_place(self.model, train.compile)
         settings = deepspeed_json(config, self.world)
-        if self.stage == 0:
-            settings["gradient_clipping"] = 0.0  # our update clips, without waiting for the device
+        zero = settings["zero_optimization"]
+        offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        self._clips = self.stage < 3 and not offloaded
+        if self._clips:
+            settings["gradient_clipping"] = 0.0
+        if self._clips and self.stage:
+            zero["compute_grad_norm"] = False
+        if self.stage in (1, 2) and self.world == 1:
+            settings["gradient_allreduce_op"] = "sum"  # one rank's sum is its mean, without a pass that divides by 1
         self._plain_step = self.optimizer.step
         self.optimizer.step = self._update  # type: ignore[method-assign]
         self._updating, self._norm = False, torch.zeros((), device=device)
@@ -114,6 +123,8 @@ class DeepSpeedEngine:
         )
         log.setLevel(logging.WARNING)
         self._parts_done = 0
+        if self._clips and self.stage:
+            self._share_weights()
         self._make_state()
 
     # --- a step -------------------------------------------------------------------------------------------------
@@ -135,7 +146,7 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self._parts_done, self._limit = 0, limit
         self._engine.step()
-        if self.stage:
+        if not self._clips:
             self._norm = torch.as_tensor(self._sharded._global_grad_norm, dtype=torch.float32, device=self.device)
         return self._norm
 
@@ -148,8 +159,8 @@ class DeepSpeedEngine:
     def _update(self, *arguments: Any, **options: Any) -> Any:
         """What DeepSpeed calls instead of the optimizer's step.
 
-        Under ZeRO the gradients arrive reduced and clipped, the norm is known, and DeepSpeed has left out steps whose
-        norm is not finite (it reads the norm on the host for that).  Without, we clip.
+        The gradients arrive reduced; under stage 3 clipped too, the norm is known, and DeepSpeed has left out steps
+        whose norm is not finite (it reads the norm on the host for that).
         """
         if self._updating:  # from within clip_and_step
             return self._plain_step(*arguments, **options)
@@ -157,10 +168,20 @@ class DeepSpeedEngine:
         try:
             if self.stage == 0:
                 self._norm = clipped_step(self.optimizer, self._train.clip, self._limit)
+            elif self._clips:
+                self.optimizer.clip_and_step(self._train.clip or None, combine=self._norm_of_all)
             elif self._limit is None or float(self._sharded._global_grad_norm) <= float(self._limit):
                 self._plain_step()
         finally:
             self._updating = False
+
+    def _norm_of_all(self, norm: Tensor) -> Tensor:
+        """The norm of all gradients from that of this rank's shard: NaN, which leaves the step out, above the limit."""
+        square = norm.double().square()
+        if self.world > 1:
+            distributed.all_reduce(square)
+        self._norm = square.sqrt().to(torch.float32)
+        return self._norm if self._limit is None else self._norm.masked_fill(self._norm > self._limit, torch.nan)
 
     # --- all ranks ----------------------------------------------------------------------------------------------
 
@@ -193,6 +214,13 @@ class DeepSpeedEngine:
         if self.stage == 3:
             return list(self._sharded.fp32_partitioned_groups_flat)
         return list(self._sharded.single_partition_of_fp32_groups)
+
+    def _share_weights(self) -> None:
+        """Make DeepSpeed's float32 copy of this rank's weights the weights themselves: they are float32 already."""
+        sharded = self._sharded
+        for copy, shards in zip(sharded.single_partition_of_fp32_groups, sharded.parallel_partitioned_bit16_groups):
+            copy.data = shards[self.rank].data
+        sharded._link_all_hp_params()
 
     @torch.no_grad()
     def _make_state(self) -> None:

@@ -43,7 +43,7 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.batch // (world * train.accumulate),
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.clip,
-        "zero_optimization": {"stage": train.zero},
+        "zero_optimization": {"stage": train.zero, **_reduction(train.zero, world)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
@@ -58,6 +58,20 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
         raise UserError("train.deepspeed_config", path, "needs a JSON object")
     _merge(ours, theirs, path, "")
     return ours
+
+
+def _reduction(stage: int, world: int) -> dict[str, Any]:
+    """How stages 1 and 2 reduce gradients; a user's JSON may say otherwise.
+
+    Of several ranks: while the backward pass still runs, in buckets of 200 MB, so that what is left after it is short
+    (DeepSpeed's own of 2 GB would hold most of XL), and without the copies that its reduce_scatter makes although it
+    reduces everything everywhere.  Of one rank: every large gradient where it lies, in no bucket.
+    """
+    if stage not in (1, 2):
+        return {}
+    if world == 1:
+        return {"contiguous_gradients": False, "reduce_bucket_size": 2**20}
+    return {"overlap_comm": True, "reduce_scatter": False, "reduce_bucket_size": 50_000_000}
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, prefix: str) -> None:

@@ -183,6 +183,29 @@ def test_a_gradient_that_is_not_finite_skips_the_step(place, bad):
     assert float(optimizer.state[params[0]]["step"]) == 2
 
 
+@pytest.mark.parametrize("max_norm", [None, 50.0])
+def test_two_shards_are_updated_as_the_whole(place, max_norm):
+    """Each combines its gradients' norm with the other's, as ZeRO's ranks do; one that is not finite stops both."""
+    device, native = place
+    values = draw([(16385,), (700,)], seed=40)
+    whole, *halves = (
+        FusedAdamW(parameters(part, device), native=native, **OPTIONS) for part in (values, values[:1], values[1:])
+    )
+    for seed, bad in ((41, None), (42, float("inf")), (43, None)):
+        grads = draw([(16385,), (700,)], seed=seed)
+        if bad:
+            grads[1][3] = bad
+        for optimizer, part in zip((whole, *halves), (grads, grads[:1], grads[1:])):
+            set_grads(optimizer.param_groups[0]["params"], part)
+        total = torch.cat(grads).norm().to(device)
+        norms = [each.clip_and_step(max_norm, combine=lambda norm, total=total: total) for each in halves]
+        torch.testing.assert_close(norms, [whole.clip_and_step(max_norm)] * 2)
+    for half, wanted in zip(halves, whole.param_groups[0]["params"]):
+        (p,) = half.param_groups[0]["params"]
+        torch.testing.assert_close(p, wanted, rtol=1e-6, atol=1e-8)
+        assert float(half.state[p]["step"]) == float(whole.state[wanted]["step"]) == 2
+
+
 def test_gradient_scale_is_the_same_as_scaled_gradients(place):
     device, native = place
     found = []
