@@ -21,6 +21,7 @@ from bench.workload import VARIANTS, learned_schedule
 
 # the first pattern that is found in a kernel's name decides
 CATEGORIES = (
+    ("communication", r"nccl|gloo|all_?reduce|all_?gather"),
     ("attention", r"flash|fmha|sdpa|attention|fa4"),
     ("optimizer", r"fastasync::|multi_tensor|adam|norm_kernel|update_kernel|advance_kernel|AdamW|foreach"),
     ("GEMM", r"gemm|nvjet|cutlass|xmma|cublas|splitk|_scaled_mm|::(add)?mm$|convolution|::bmm"),
@@ -40,6 +41,16 @@ def by_category(events: Sequence[tuple[str, float]], steps: int) -> dict[str, fl
     for name, microseconds in events:
         totals[category(name)] += microseconds / 1e3 / steps
     return totals
+
+
+def busy_and_idle(intervals: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """From (start, end) of every kernel, of any stream: the time in which one runs, and that in which none does."""
+    busy, until = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    span = until - min(start for start, _ in intervals) if intervals else 0.0
+    return busy, span - busy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,11 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         note = f"{ms / everything:.1%} of {everything:.4g} ms" if everything else ""
         times, shape = Summary(ms, ms, ms, chosen.steps), f"{chosen.size} batch {chosen.batch}"
         bench.add("profile", kind, chosen.variant, shape, work.config.train.precision, times, note=note)
-    longest: dict[str, float] = {}
+    longest: dict[str, list[float]] = {}
     for name, microseconds in events:
-        longest[name] = longest.get(name, 0.0) + microseconds / 1e3 / chosen.steps
-    for name, ms in sorted(longest.items(), key=lambda item: -item[1])[:25]:
-        print(f"  {ms:9.3f} ms  {category(name):12s} {name[:110]}")
+        longest.setdefault(name, []).append(microseconds / 1e3 / chosen.steps)
+    for name, each in sorted(longest.items(), key=lambda item: -sum(item[1]))[:40]:
+        print(f"  {sum(each):9.3f} ms  {len(each) / chosen.steps:6g} calls  {category(name):13s} {name[:110]}")
+    print(f"{len(events) / chosen.steps:g} {'launches' if cuda else 'operators'} a step")
+    if cuda:
+        spans = [(event.time_range.start, event.time_range.end) for event in kernels]
+        busy, idle = (each / 1e3 / chosen.steps for each in busy_and_idle(spans))
+        print(f"{busy:.4g} ms a step in which a kernel runs, {idle:.4g} ms in which none does")
     if cuda or chosen.record:
         write_rows(chosen.results / f"{device_name(device)}.csv", bench.rows)
     print(f"trace in {trace}")

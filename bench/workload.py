@@ -124,11 +124,12 @@ def make_work(
     device: torch.device,
     data: Sequence[tuple[Tensor, Tensor, Tensor | None]],
     like: Sequence[Work] = (),
+    make_engine: Callable[..., Any] = build_engine,
 ) -> Work:
-    """A variant's step.  ``like``: share the parameters of one of these variants that keeps them in the same dtypes,
-    and the optimizer of one of the same kind."""
+    """A variant's step on this rank's ``data``.  ``like``: share the parameters of one of these variants that keeps
+    them in the same dtypes, and the optimizer of one of the same kind."""
     torch.manual_seed(0)
-    engine: Any = build_engine(build_model(config), config, device)
+    engine: Any = make_engine(build_model(config), config, device)
     shared = [work.engine for work in like if _alike(work.engine, engine)]
     if shared:
         first: Any = shared[0]

@@ -196,6 +196,7 @@ def test_a_failing_subject_does_not_end_the_others(bench, monkeypatch):
         ("triton_red_fused_native_layer_norm_0", "element-wise"),
         ("_backward_kernel", "element-wise"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(...)", "communication"),
         ("something", "other"),
     ],
 )
@@ -206,6 +207,11 @@ def test_kernels_have_a_category(kernel, kind):
 def test_time_by_category_is_a_steps():
     totals = profile_step.by_category([("nvjet_a", 3000.0), ("nvjet_b", 1000.0), ("triton_poi", 500.0)], 2)
     assert (totals["GEMM"], totals["element-wise"], totals["other"]) == (2.0, 0.25, 0.0)
+
+
+def test_idle_time_counts_no_overlap_twice():
+    assert profile_step.busy_and_idle([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == (4.0, 2.0)
+    assert profile_step.busy_and_idle([]) == (0.0, 0.0)
 
 
 def test_plots(tmp_path, bench, capsys):

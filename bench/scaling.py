@@ -1,0 +1,229 @@
+"""Training steps on one GPU and on several of one host: ``python -m bench.scaling --gpus 2``.
+
+One process times the plain engine and DeepSpeed's ZeRO 1; then torchrun's ranks time the plain engine on the first GPU
+alone (the baseline, before and after), ZeRO 1 and 2 with the same batch on every GPU (weak scaling), and ZeRO 1 with
+the baseline's batch divided among them.  What is recomputed in the backward pass is chosen once, by the baseline, for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed
+
+from bench.harness import RESULTS, ROOT, Bench, Row, Summary, device_name, summarize, write_rows
+from bench.subjects.step import peak_gib
+from bench.workload import configuration, latents, learned_schedule, make_work
+from fastasync.config import Config, config_from_dict
+from fastasync.distributed import session
+from fastasync.model import train_flops
+from fastasync.training.build import choose_device
+from fastasync.training.engine import PlainEngine, build_engine
+
+ALONE_SHARE = 0.4  # of the time, for the part with one process
+INNER, WARM = 5, 2  # timed and untimed steps of a round
+
+
+class Leg(NamedTuple):
+    """One thing to time.  ``zero`` None: the plain engine, on the first GPU alone.  ``batch``: of a GPU."""
+
+    variant: str
+    zero: int | None
+    batch: int
+
+
+def legs(world: int, batch: int) -> list[Leg]:
+    """What is timed on ``world`` GPUs, in the order of importance but for the baseline's second time."""
+    plain = Leg("plain", None, batch)
+    if world == 1:
+        return [plain, Leg("zero 1", 1, batch), plain]
+    strong = [Leg("zero 1 strong", 1, batch // world)] if batch % world == 0 else []
+    return [plain, Leg("zero 1", 1, batch), Leg("zero 2", 2, batch), plain, *strong]
+
+
+def config_of(leg: Leg, size: str, world: int, memory: str, compiled: str) -> Config:
+    ranks = 1 if leg.zero is None else world
+    engine: dict[str, Any] = {"engine": "plain"} if leg.zero is None else {"engine": "deepspeed", "zero": leg.zero}
+    changes = {"train": {**engine, "memory": memory, "compile": compiled}}
+    return config_from_dict(changes, configuration(size, leg.batch * ranks, "ours regional"))
+
+
+def settings_of_nccl(environment: dict[str, str]) -> str:
+    """NCCL's version and what the environment sets for it; of a path only the name."""
+    version = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
+    found = {name: value for name, value in sorted(environment.items()) if name.startswith(("NCCL_", "TORCH_NCCL_"))}
+    return f"NCCL {version} " + " ".join(f"{name}={'...' if '/' in v else v}" for name, v in found.items())
+
+
+class Scaling:
+    """The legs of one launch.  All ranks do the same; rank 0 keeps the rows."""
+
+    def __init__(self, bench: Bench, size: str, compiled: str):
+        self.bench, self.size, self.compiled, self.here = bench, size, compiled, session()
+        self.memory = "auto"  # until the baseline has chosen
+        self.base: list[float] = []  # medians of the baseline
+
+    def world(self, leg: Leg) -> int:
+        return 1 if leg.zero is None else self.here.world
+
+    def time_left(self, needed: float) -> bool:
+        """Rank 0's clock decides for all."""
+        return self.here.from_main(lambda: time.monotonic() + needed < self.bench.deadline)
+
+    def run(self, wanted: Sequence[Leg], rounds: int) -> None:
+        longest = 0.0
+        for number, leg in enumerate(wanted):
+            if not self.time_left(longest):
+                if self.here.is_main:
+                    self.bench.skip(f"scaling {', '.join(each.variant for each in wanted[number:])}", "out of time")
+                break
+            start = time.monotonic()
+            if leg.zero is None and self.here.world > 1:
+                self.memory = self.here.from_main(partial(self.time, leg, rounds))
+            else:
+                memory = self.time(leg, rounds)
+                self.memory = memory if leg.zero is None else self.memory
+            longest = time.monotonic() - start
+            torch._dynamo.reset()
+            gc.collect()
+            if self.bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def time(self, leg: Leg, rounds: int) -> str:
+        """Build, warm up, time; returns what the engine recomputes."""
+        bench, world = self.bench, self.world(leg)
+        kept = torch.cuda.memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
+        config = config_of(leg, self.size, world, self.memory, self.compiled)
+        data = latents(config_of(leg, self.size, 1, self.memory, self.compiled), bench.device)
+        work = make_work(config, bench.device, data, make_engine=PlainEngine if leg.zero is None else build_engine)
+        schedule = learned_schedule(config)
+        for _ in range(3):  # compiles, tunes, makes the optimizer's state
+            loss = work.step(schedule)
+        if not bool(torch.isfinite(loss).all()):
+            raise ArithmeticError(f"{leg.variant}: the loss is {loss.tolist()}")
+        work.engine.barrier()
+        gib = peak_gib(bench, lambda: work.step(schedule))
+        times = bench.interleaved({"": lambda: work.step(schedule)}, rounds=rounds, warm=WARM, inner=INNER)[""]
+        recompute = work.engine.model.blocks[0].recompute
+        if self.here.is_main:
+            self.report(leg, config, work.engine.model, summarize(times), gib, f"{recompute}, {kept:.1f} GiB before")
+        if leg.zero is not None:
+            engine: Any = work.engine
+            engine._engine.destroy()  # its hooks would keep the network alive
+        return str(recompute)
+
+    def report(self, leg: Leg, config: Config, model: Any, times: Summary, gib: float | None, note: str) -> None:
+        world, images = self.world(leg), config.train.batch
+        notes = [f"memory {note}"]
+        if leg.zero is None:
+            self.base.append(times.median / images)
+        elif self.base:
+            speed_up = self.base[-1] / (times.median / images)
+            notes.insert(
+                0, f"{speed_up:.3f}x the plain engine on one GPU" + (", before" if len(self.base) == 1 else "")
+            )
+        if world > 1:
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            notes.append(f"{4 * count / 1e9:.3g} GB of gradients")
+        self.bench.add(
+            *("scaling", f"{self.size} on {world}", leg.variant, f"batch {leg.batch} a GPU", config.train.precision),
+            times,
+            flops=train_flops(model) * leg.batch,  # of one GPU
+            images=images,
+            gib=gib,
+            note="; ".join(notes),
+        )
+
+    def all_reduce(self, numbers: int, rounds: int = 10) -> None:
+        """Sum as many float32 as XL has gradients, in one piece; the rate is bytes x 2 (N - 1) / N over time."""
+        values = torch.zeros(numbers, device=self.bench.device)
+        self.here.start_group(self.bench.device)
+        calls = {"": lambda: distributed.all_reduce(values)}
+        times = summarize(self.bench.interleaved(calls, rounds=rounds)[""])
+        if self.here.is_main:
+            world = self.here.world
+            moved = 4 * numbers * 2 * (world - 1) / world
+            note = settings_of_nccl(dict(os.environ))
+            shape = f"{4 * numbers} bytes"
+            self.bench.add("scaling", f"on {world}", "all_reduce", shape, "float32", times, nbytes=moved, note=note)
+
+
+def measure(arguments: argparse.Namespace) -> int:
+    """One process of those that `launch` starts."""
+    device, here = choose_device("auto"), session()
+    cuda = device.type == "cuda"
+    path = arguments.results / f"{device_name(device)}.csv"
+
+    def sink(row: Row) -> None:
+        if cuda or arguments.record:
+            write_rows(path, [row])
+
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    bench = Bench(device, deadline=arguments.deadline, sink=sink)
+    scaling = Scaling(bench, arguments.size, "regional" if cuda else "off")
+    wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
+    scaling.run(wanted, arguments.rounds)
+    if here.world > 1 and scaling.time_left(5):
+        scaling.all_reduce(675_000_000 if cuda else 1000)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    here.leave()
+    return 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(gpus: int, seconds: float, given: Sequence[str]) -> int:
+    """First one process, then ``gpus`` under torchrun; each begins nothing new after its share of ``seconds``."""
+    start, codes = time.monotonic(), []
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={gpus}", f"--master-port={free_port()}"]
+    for command, share in (([], ALONE_SHARE), (torchrun, 1.0)):
+        if command and gpus == 1:
+            continue
+        deadline = start + seconds * (share if gpus > 1 else 1.0)  # of time.monotonic, which processes of a host share
+        words = [sys.executable, *command, "-m", "bench.scaling", *given, "--deadline", f"{deadline:.3f}"]
+        # the first GPU alone: another one must not even hold a context
+        visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+        codes.append(subprocess.run(words, cwd=ROOT, env={**os.environ, **({} if command else visible)}).returncode)
+    return next((code for code in codes if code), 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    top = argparse.ArgumentParser(prog="bench.scaling", description=__doc__)
+    cuda = torch.cuda.is_available()
+    top.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2, help="on a CPU: gloo ranks")
+    top.add_argument("--size", default="XL" if cuda else "tiny")
+    top.add_argument("--batch", type=int, default=256 if cuda else 8, help="of each GPU")
+    top.add_argument("--rounds", type=int, default=4, help=f"of {WARM} untimed and {INNER} timed steps")
+    top.add_argument("--seconds", type=float, default=200.0, help="nothing is begun that would end after this long")
+    top.add_argument("--only", action="append", help="plain, zero 1, zero 2 or zero 1 strong; may be repeated")
+    top.add_argument("--results", type=Path, default=RESULTS)
+    top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")
+    top.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # given to the processes that are started
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = top.parse_args(given)
+    if arguments.deadline is None:
+        return launch(arguments.gpus, arguments.seconds, given)
+    return measure(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
