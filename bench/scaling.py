@@ -2,7 +2,7 @@
 
 One process times the plain engine and DeepSpeed's ZeRO 1; then torchrun's ranks time the plain engine on the first GPU
 alone (the baseline, before and after), ZeRO 1 and 2 with the same batch on every GPU (weak scaling), and ZeRO 1 with
-the baseline's batch divided among them.  What is recomputed in the backward pass is chosen once, by the baseline, for all.
+the baseline's batch divided among them.  What is recomputed in the backward pass the baseline chooses, for all.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def legs(world: int, batch: int) -> list[Leg]:
     return [plain, Leg("zero 1", 1, batch), Leg("zero 2", 2, batch), plain, *strong]
 
 
-def config_of(leg: Leg, size: str, world: int, memory: str, compiled: str) -> Config:
+def config_of(leg: Leg, size: str, world: int, memory: str, compiled: str, json: str = "") -> Config:
     ranks = 1 if leg.zero is None else world
     engine: dict[str, Any] = {"engine": "plain"} if leg.zero is None else {"engine": "deepspeed", "zero": leg.zero}
+    if leg.zero is not None and json:
+        engine["deepspeed_config"] = json
     changes = {"train": {**engine, "memory": memory, "compile": compiled}}
     return config_from_dict(changes, configuration(size, leg.batch * ranks, "ours regional"))
 
@@ -74,6 +76,7 @@ class Scaling:
         self.bench, self.size, self.compiled, self.here = bench, size, compiled, session()
         self.memory = "auto"  # until the baseline has chosen
         self.base: list[float] = []  # medians of the baseline
+        self.json = ""  # a file with other settings of DeepSpeed
 
     def world(self, leg: Leg) -> int:
         return 1 if leg.zero is None else self.here.world
@@ -105,7 +108,7 @@ class Scaling:
         """Build, warm up, time; returns what the engine recomputes."""
         bench, world = self.bench, self.world(leg)
         kept = torch.cuda.memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
-        config = config_of(leg, self.size, world, self.memory, self.compiled)
+        config = config_of(leg, self.size, world, self.memory, self.compiled, self.json)
         data = latents(config_of(leg, self.size, 1, self.memory, self.compiled), bench.device)
         work = make_work(config, bench.device, data, make_engine=PlainEngine if leg.zero is None else build_engine)
         schedule = learned_schedule(config)
@@ -134,6 +137,8 @@ class Scaling:
             notes.insert(
                 0, f"{speed_up:.3f}x the plain engine on one GPU" + (", before" if len(self.base) == 1 else "")
             )
+        if leg.zero is not None and self.json:
+            notes.append(" ".join(Path(self.json).read_text().split()))
         if world > 1:
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             notes.append(f"{4 * count / 1e9:.3g} GB of gradients")
@@ -175,6 +180,7 @@ def measure(arguments: argparse.Namespace) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     bench = Bench(device, deadline=arguments.deadline, sink=sink)
     scaling = Scaling(bench, arguments.size, "regional" if cuda else "off")
+    scaling.json = str(arguments.deepspeed_json.resolve()) if arguments.deepspeed_json else ""
     wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
     scaling.run(wanted, arguments.rounds)
     if here.world > 1 and scaling.time_left(5):
@@ -215,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--rounds", type=int, default=4, help=f"of {WARM} untimed and {INNER} timed steps")
     top.add_argument("--seconds", type=float, default=200.0, help="nothing is begun that would end after this long")
     top.add_argument("--only", action="append", help="plain, zero 1, zero 2 or zero 1 strong; may be repeated")
+    top.add_argument("--deepspeed-json", type=Path, help="settings of DeepSpeed to be tried")
     top.add_argument("--results", type=Path, default=RESULTS)
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")
     top.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # given to the processes that are started

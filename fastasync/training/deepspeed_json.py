@@ -46,6 +46,7 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
         "zero_optimization": {"stage": train.zero, **_reduction(train.zero, world)},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device before and after every step
     }
     if not train.deepspeed_config:
         return ours

@@ -1,7 +1,7 @@
 """One rank of test_deepspeed.py, started by torchrun: runs the jobs of a JSON file one after the other.
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name}; a
-result is {"resumed_from", "messages", "seconds"}, {"error", "code"} or {"other": code}, one file for each rank.
+result is {"resumed_from", "messages", "seconds", "waits"}, {"error", "code"} or {"other": code}, a file for each rank.
 """
 
 import errno
@@ -38,11 +38,22 @@ def full_disk(path, *arguments):
 _stream_tensors = deepspeed_engine.stream_tensors
 
 
+def count_waits():
+    """A list that grows with every time that DeepSpeed waits for the device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for by every job; read at the first import
+    from deepspeed.accelerator import get_accelerator
+
+    waits, accelerator = [], get_accelerator()
+    accelerator.synchronize = lambda device_index=None: waits.append(device_index)
+    return waits
+
+
 def run(job):
     data = tiny_run.gaussian_latents(mirror=True)
     if job.get("event") == "nan":  # on one rank only, and on all of its images
         data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
     deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
+    waits = count_waits()
     began = time.perf_counter()
     try:
         done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
@@ -50,7 +61,8 @@ def run(job):
         return {"other": error.code}
     except UserError as error:
         return {"error": str(error), "code": error.exit_code}
-    return {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    return {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
 
 
 def main():

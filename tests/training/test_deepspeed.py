@@ -231,7 +231,9 @@ def test_one_process_without_a_launcher(runs):
     command = [sys.executable, str(WORKER), str(folder / "alone.json"), str(folder / "alone")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not any("error" in result for result in json.loads((folder / "alone0.json").read_text()))
+    results = json.loads((folder / "alone0.json").read_text())
+    assert not any("error" in result for result in results)
+    assert [result["waits"] for result in results] == [0, 0, 0]
     for name in changes:
         assert_same(folder / name, folder / "plain")
 
