@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGET = GPUTarget("cuda", 90, 32)
-OPTIONS = ("num_warps", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 MULTIPROCESSORS, REGISTERS, SHARED, WARPS = 132, 65536, 227 * 1024, 64  # H200; the latter three of one multiprocessor
 
 
