@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -53,12 +54,41 @@ class FeatureEncoder(Protocol):
 
 class EncodeReport(NamedTuple):
     """Shards that this call made and found finished, those that other ranks still have to make, and bad files left
-    out of the source."""
+    out of the source.
+
+    ``seconds``: from the first batch, when it was there, to the last shard on the disk; of these ``waited`` for images
+    to be read and decoded, and ``wrote`` for the disk.  The GPU may have been at work while the program waited.
+    """
 
     made: int
     kept: int
     missing: int
     left_out: int
+    seconds: float = 0.0
+    waited: float = 0.0
+    wrote: float = 0.0
+
+
+class _Clock:
+    """Seconds since the first wait ended, and within later ones."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.spent = {"images": 0.0, "disk": 0.0}
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        after = time.perf_counter()
+        if self.start:
+            self.spent[what] += after - before
+        else:
+            self.start = after
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start if self.start else 0.0
 
 
 def encode(
@@ -76,6 +106,7 @@ def encode(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     workers: int | None = None,
+    fancy_upsampling: bool = False,
     progress: bool = True,
 ) -> EncodeReport:
     """Encode all images of ``source``, in its order, into shards of ``shard_size`` images.
@@ -92,7 +123,7 @@ def encode(
         dtype: of the stored latents: float32, float16 or bfloat16.  Statistics are those of the stored values.
         features: also store REPA's features (float16; for ImageNet at 256 tokens of width 768, 0.5 TB a view).
         device: where the representations run; images arrive there.
-        backend, workers: of the image loader (see ``open_images``).
+        backend, workers, fancy_upsampling: of the image loader (see ``open_images``).
 
     Raises UserError, before any image is read where that is possible: bad arguments, more ranks than shards, a folder
     of another encoding, no permission, not enough disk; later: an image that cannot be decoded, latents that are not
@@ -123,8 +154,10 @@ def encode(
             unit="img",
             disable=not progress,
         ) as bar:
-            _make(source, bundle, out, encoding, wanted, batch, features, device, backend, workers, bar)
-        return EncodeReport(len(wanted), len(mine) - len(wanted), finish(out, encoding), encoding.left_out)
+            loader = {"backend": backend, "workers": workers, "fancy_upsampling": fancy_upsampling}
+            clock = _make(source, bundle, out, encoding, wanted, batch, features, device, loader, bar)
+        counts = len(wanted), len(mine) - len(wanted), finish(out, encoding), encoding.left_out
+        return EncodeReport(*counts, *clock)
 
 
 @contextmanager
@@ -247,13 +280,13 @@ def _make(
     batch: int,
     features: FeatureEncoder | None,
     device: torch.device,
-    backend: str,
-    workers: int | None,
+    loader: dict[str, Any],
     bar: tqdm,
-) -> None:
-    """Make the shards ``wanted``; one is written while the next is encoded."""
+) -> tuple[float, float, float]:
+    """Make the shards ``wanted``; one is written while the next is encoded.  The report's seconds."""
+    clock = _Clock()
     if not wanted:
-        return
+        return 0.0, 0.0, 0.0
     ranges = [torch.arange(*encoding.bounds(shard)).split(batch) for shard in wanted]
     every = tuple(part for parts in ranges for part in parts)
     batches: Iterator[Any]
@@ -261,7 +294,7 @@ def _make(
         batches = ((source.images[part].to(device), source.labels[part], part) for part in every)
     else:
         size = encoding.image_shape[1]
-        batches = iter(open_images(source, size, batch, backend, batches=every, workers=workers, device=device))
+        batches = iter(open_images(source, size, batch, batches=every, device=device, **loader))
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         for shard, parts in zip(wanted, ranges):
@@ -271,7 +304,8 @@ def _make(
                 for name, (kind, shape) in encoding.tensors(last - first).items()
             }
             for part in parts:
-                images, labels, _ = next(batches)
+                with clock.waiting("images"):
+                    images, labels, _ = next(batches)
                 rows = slice(int(part[0]) - first, int(part[-1]) + 1 - first)
                 tensors["labels"][rows] = labels.cpu()
                 _encode_batch(images, bundle, features, encoding, tensors, rows, "")
@@ -281,10 +315,13 @@ def _make(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # the copies into pinned memory have arrived
             if writing is not None:
-                writing.result()
+                with clock.waiting("disk"):
+                    writing.result()
             writing = writer.submit(write_shard, out, encoding, shard, tensors)
         assert writing is not None
-        writing.result()
+        with clock.waiting("disk"):
+            writing.result()
+    return clock.seconds, clock.spent["images"], clock.spent["disk"]
 
 
 def _encode_batch(
@@ -331,6 +368,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--skip-bad", type=Path, metavar="LIST", help="leave out the files of this list")
     parser.add_argument("--backend", default="auto", help="image loader: auto, dali or pil")
     parser.add_argument("--workers", type=int, help="threads of the image loader")
+    parser.add_argument("--fancy-upsampling", action="store_true", help="DALI on a GPU: chroma as Pillow, slower")
     parser.add_argument("--device", help="default: this rank's GPU if there is one")
     parser.add_argument("--rank", type=int, help="default: RANK or SLURM_PROCID of the environment, else 0")
     parser.add_argument("--world", type=int, help="default: WORLD_SIZE or SLURM_NTASKS of the environment, else 1")
@@ -369,10 +407,14 @@ def encode_command(arguments: argparse.Namespace) -> int:
         device=device,
         backend=arguments.backend,
         workers=arguments.workers,
+        fancy_upsampling=arguments.fancy_upsampling,
     )
     left_out = f", {report.left_out} bad files left out" if report.left_out else ""
     state = f"{report.missing} are for other ranks" if report.missing else f"all finished: {arguments.out / INDEX}"
     print(f"encode: {report.made} shards made, {report.kept} kept{left_out}; {state}")
+    if report.seconds:
+        shares = f"{report.waited / report.seconds:.1%} for images, {report.wrote / report.seconds:.1%} for the disk"
+        print(f"encode: {report.seconds:.1f} s after the first batch, of which it waited {shares}")
     return 0
 
 

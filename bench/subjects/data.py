@@ -23,7 +23,7 @@ from fastasync.data import LatentSet, batch_indices
 from fastasync.data.shard_loader import ShardLatents
 from fastasync.data.shards import Encoding, begin, finish, write_shard
 from fastasync.errors import UserError, require
-from fastasync.images import ImageLoader, open_images, open_source
+from fastasync.images import ImageLoader, ImageSource, open_images, open_source
 
 Loader = Callable[[], Iterator[Any]]
 PASSES = 5  # at most: they are long
@@ -122,16 +122,28 @@ def shards(bench: Bench, folder: Path) -> None:
         bench.add("data", "cached latents", name, f"[{batch}, 48, 16, 16]", "float32", found, images=batch, note=note)
 
 
-def jpegs(bench: Bench, folder: Path) -> None:
-    """JPEGs of ImageNet's usual size, 500 x 375, cut from scikit-learn's photographs: decoded, ADM's crop to 256."""
-    count, batch, batches = (16, 16, 5) if bench.small else (512, 256, 17)
-    (folder / "class").mkdir()
+def write_jpegs(folder: Path, count: int, large: int = 0) -> ImageSource:
+    """JPEGs of ImageNet's usual size, 500 x 375, from scikit-learn's photographs; every ``large``-th is 1000 x 750."""
+    (folder / "class").mkdir(parents=True)
     photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
     for number in range(count):
         left, top = 11 * number % 140, 7 * number % 52
         crop = photos[number % 2].crop((left, top, left + 500, top + 375))
+        if large and number % large == 0:
+            crop = crop.resize((1000, 750), Image.Resampling.BICUBIC)
         crop.save(folder / "class" / f"{number}.jpg", quality=(90, 95)[number // 2 % 2], subsampling=2)
-    source, names = open_source(folder), ["pillow"]
+    return open_source(folder)
+
+
+def psnr(found: Tensor, expected: Tensor) -> Tensor:
+    """Decibels of each image uint8 [n, ...] to the expected one, float64 [n]."""
+    return 10 * torch.log10(255**2 / (found.cpu() - expected.cpu().double()).square().flatten(1).mean(1))
+
+
+def jpegs(bench: Bench, folder: Path) -> None:
+    """Decoded, and ADM's crop to 256."""
+    count, batch, batches = (16, 16, 5) if bench.small else (512, 256, 17)
+    source, names = write_jpegs(folder, count), ["pillow"]
     try:
         require("nvidia.dali", "dali")
         names += ["dali cpu"] if bench.small else ["dali cpu", "dali gpu"]
@@ -147,8 +159,7 @@ def jpegs(bench: Bench, folder: Path) -> None:
     notes = {name: f"{loaders[name].workers} threads" for name in names}
     for name in names[1:]:
         pairs = zip(crops(name, order[:count]), crops("pillow", order[:count]))
-        errors = [(one.images.cpu() - other.images.double()).square().mean((1, 2, 3)) for one, other in pairs]
-        decibels = 10 * torch.log10(255**2 / torch.cat(errors))
+        decibels = torch.cat([psnr(one.images, other.images) for one, other in pairs])
         if not decibels.min() >= DECIBELS[name]:
             raise WrongResult(f"{name}: {decibels.min():.1f} dB to Pillow's crop, must be {DECIBELS[name]} or more")
         notes[name] += f", PSNR to Pillow's {decibels.min():.1f} to {decibels.max():.1f} dB"

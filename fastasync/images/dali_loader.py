@@ -1,17 +1,20 @@
 """The fast loader: NVIDIA DALI decodes and resizes, on the GPU where there is one.
 
-Order, division over ranks and position are ours: DALI is handed the bytes of each batch.  What it would read by other
-rules than Pillow (anything but grey and YCbCr JPEGs) it gets decoded by Pillow, as PPM.  The crop is ADM's up to
-rounding: DALI's antialiased cubic filter is Pillow's with unrounded intermediates, its decoder the same libjpeg-turbo
-on the CPU and nvJPEG on the GPU (``jpeg_fancy_upsampling`` makes their chroma agree).
+Order, division over ranks and position are ours: DALI is handed the bytes of each batch and what to cut out of each
+image.  What it would read by other rules than Pillow (anything but grey and YCbCr JPEGs) it gets decoded by Pillow, as
+PPM.  The crop is ADM's up to rounding: DALI's antialiased cubic filter is Pillow's with unrounded intermediates, its
+decoder the same libjpeg-turbo on the CPU and nvJPEG on the GPU.
+
+nvJPEG has two ways to bring subsampled chroma to full size.  Repeating it lets the JPEG engines of the GPU decode;
+interpolating it as libjpeg-turbo does (``fancy_upsampling``) leaves the Huffman codes of every image to the CPU.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +26,58 @@ from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
+
+
+class Form(NamedTuple):
+    """How the pipeline is made; bench/experiments/dali_variants.py times the alternatives on a GPU.
+
+    ``fancy``: interpolate chroma.  ``hw_load``: share of the images that the GPU's JPEG engines get.  ``depth``:
+    batches in the pipeline at a time.  ``hint``: side of the largest image that the engines' buffers are made for at
+    the start (0: they grow).  ``halving``: whether images twice too large are halved first, as ADM does it.
+    """
+
+    fancy: bool = False
+    hw_load: float = 0.9
+    depth: int = 2
+    hint: int = 0
+    halving: bool = True
+
+
+class Encoded(NamedTuple):
+    """A file as DALI gets it: uint8 [bytes], and the size of the image in it."""
+
+    data: np.ndarray
+    width: int
+    height: int
+
+
+class Feed(NamedTuple):
+    """What one call of a pipeline reads, all kept alive until it has: files, and the geometry of their crops.
+
+    ``halvings`` int32 [b, 1]; ``sizes`` int32 [b, 2] (height, width) of the encoded images; ``start`` and ``stop``
+    float32 [b, 2]: the corners (y, x) of the crop, in pixels of the image after its halvings.
+    """
+
+    files: list[np.ndarray]
+    halvings: np.ndarray
+    sizes: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+def feed_of(files: Sequence[Encoded], size: int, most: int = HALVINGS) -> Feed:
+    """ADM's geometry (``centre_crop``) with at most ``most`` halvings; the sums are those that it computes."""
+    sizes = np.array([(file.height, file.width) for file in files], np.int32)
+    halvings, halved = np.zeros((len(files), 1), np.int32), sizes.copy()
+    for _ in range(most):
+        large = halved.min(1) >= 2 * size
+        halvings += large[:, None]
+        halved[large] //= 2
+    scale = size / halved.min(1, keepdims=True)
+    full = np.round(halved * scale)  # to even, as Python's round
+    first = (full - size) // 2
+    start, stop = (edge * halved / full for edge in (first, first + size))
+    return Feed([file.data for file in files], halvings, sizes, start.astype(np.float32), stop.astype(np.float32))
 
 
 def _halve(dali: Any, image: Any, length: Any, axis: int) -> tuple[Any, Any]:
@@ -55,55 +110,62 @@ def _halve(dali: Any, image: Any, length: Any, axis: int) -> tuple[Any, Any]:
     return fn.cat(*parts, axis=axis), half
 
 
-def _build(batches: Iterator[list[np.ndarray]], size: int, batch: int, threads: int, device: torch.device) -> Any:
-    """A pipeline from lists of encoded files (uint8, kept alive by the caller) to crops uint8 CHW."""
+def _halve_both(dali: Any, image: Any, height: Any, width: Any) -> tuple[Any, Any, Any]:
+    image, width = _halve(dali, image, width, axis=1)
+    image, height = _halve(dali, image, height, axis=0)
+    return image, height, width
+
+
+def build(feeds: Iterator[Feed], size: int, batch: int, threads: int, device: torch.device, form: Form) -> Any:
+    """A pipeline from feeds to crops uint8 [b, S, S, 3], S = ``size``."""
     dali: Any = require("nvidia.dali", "dali")
     fn, types = dali.fn, dali.types
     on_gpu = device.type == "cuda"
-
-    def feed() -> list[np.ndarray]:
-        return next(batches)
+    kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT]
+    engines = {"hw_decoder_load": form.hw_load, "jpeg_fancy_upsampling": form.fancy}
+    if form.hint:
+        engines |= {"preallocate_width_hint": form.hint, "preallocate_height_hint": form.hint}
 
     @dali.pipeline_def(enable_conditionals=True)
     def crops() -> Any:
-        encoded = fn.external_source(source=feed, dtype=types.UINT8, ndim=1, batch=True, no_copy=True)
-        shape = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)
-        height, width = shape[0], shape[1]
+        encoded, halvings, sizes, start, stop = fn.external_source(
+            source=feeds, num_outputs=5, dtype=kinds, ndim=1, batch=True, no_copy=True
+        )
         image = fn.decoders.image(
             encoded,
             device="mixed" if on_gpu else "cpu",
             output_type=types.RGB,
             adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
+            **(engines if on_gpu else {}),
         )
-        for _ in range(HALVINGS):
-            if dali.math.min(height, width) >= 2 * size:
-                image, width = _halve(dali, image, width, axis=1)
-                image, height = _halve(dali, image, height, axis=0)
-            else:
-                height = height + 0  # both branches must assign: a conditional merges what they assign
-        # subpixel_scale would scale both axes alike instead of to whole pixels, and soften the result
-        image = fn.resize(
-            image, resize_shorter=size, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
-        )
-        return fn.crop_mirror_normalize(
+        times = halvings[0] if form.halving else 0
+        if times > 0:  # most images pass all of this by at one branch
+            image, height, width = _halve_both(dali, image, sizes[0], sizes[1])
+            if times > 1:
+                image, height, width = _halve_both(dali, image, height, width)
+                if times > 2:
+                    image, height, width = _halve_both(dali, image, height, width)
+        return fn.resize(
             image,
-            crop=(size, size),
-            rounding="truncate",  # of the crop's position
-            dtype=types.UINT8,
-            output_layout="CHW",
-            mean=[0.0, 0.0, 0.0],
-            std=[1.0, 1.0, 1.0],
+            size=[size, size],
+            roi_start=start,
+            roi_end=stop,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+            subpixel_scale=False,
         )
 
     index = (device.index if device.index is not None else torch.cuda.current_device()) if on_gpu else None
-    pipeline = crops(batch_size=batch, num_threads=threads, device_id=index, prefetch_queue_depth=2)
+    pipeline = crops(batch_size=batch, num_threads=threads, device_id=index, prefetch_queue_depth=form.depth)
     pipeline.build()
     return pipeline
 
 
 class DaliLoader(ImageLoader):
-    """See ImageLoader; needs the extra ``dali``.  On a CUDA device the images are decoded and stay there."""
+    """See ImageLoader; needs the extra ``dali``.  On a CUDA device the images are decoded and stay there.
+
+    ``form``: how DALI is used; ``Form(fancy=True)`` is nearest to Pillow on a GPU.
+    """
 
     backend = "dali"
 
@@ -115,25 +177,24 @@ class DaliLoader(ImageLoader):
         batch: int,
         workers: int | None = None,
         device: str | torch.device = "cpu",
+        form: Form = Form(),  # noqa: B008 (immutable)
     ):
         require("nvidia.dali", "dali")
         super().__init__(source, size, batches, batch, workers, device)
+        self.form = form
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
         ahead = read_ahead(self.batches, self._files, self.workers)
-        pending: deque[tuple[Tensor, list[np.ndarray]]] = deque()  # keeps alive what DALI reads without copying
+        pending: deque[tuple[Tensor, Feed]] = deque()  # keeps alive what DALI reads without copying
 
-        def files() -> Iterator[list[np.ndarray]]:
-            for batch in ahead:
-                pending.append(batch)
-                yield batch[1]
+        def feeds() -> Iterator[Feed]:
+            for indices, files in ahead:
+                pending.append((indices, feed_of(files, self.size)))
+                yield pending[-1][1]
 
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device) if on_gpu else None
+        take = _Taker(self.device)
         try:
-            pipeline = _build(files(), self.size, self.batch, self.workers, self.device)
+            pipeline = build(feeds(), self.size, self.batch, self.workers, self.device, self.form)
             while True:
                 try:
                     (crops,) = pipeline.run()
@@ -143,26 +204,44 @@ class DaliLoader(ImageLoader):
                     self._name_bad_file([index for indices, _ in pending for index in indices.tolist()])
                     raise
                 indices, _ = pending.popleft()
-                images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
-                feed_ndarray(crops.as_tensor(), images, cuda_stream=stream)
-                yield self._labelled(images, indices)
+                yield self._labelled(take(crops), indices)
         finally:
             ahead.close()
 
-    def _files(self, indices: list[int]) -> list[np.ndarray]:
-        """Encoded files as DALI gets them, uint8 [bytes] each."""
+    def _files(self, indices: list[int]) -> list[Encoded]:
         files = []
         for index in indices:
             try:
-                files.append(np.frombuffer(as_plain(self.source.read(index)), np.uint8))
+                data, width, height = as_plain(self.source.read(index))
             except BadImage as error:
                 raise self._bad_file(index, str(error)) from None
+            files.append(Encoded(np.frombuffer(data, np.uint8), width, height))
         return files
 
     def _name_bad_file(self, indices: list[int]) -> None:
         """After DALI failed on one of these: raise the UserError that names the first file it fails on alone."""
         for index in indices:
+            feed = feed_of(self._files([index]), self.size)
             try:
-                _build(itertools.repeat(self._files([index])), self.size, 1, 1, self.device).run()
+                build(itertools.repeat(feed), self.size, 1, 1, self.device, self.form).run()
             except RuntimeError:
                 raise self._bad_file(index, "DALI cannot decode it") from None
+
+
+class _Taker:
+    """A pipeline's crops [b, S, S, 3] -> a tensor of our own, uint8 [b, 3, S, S]; the copy turns the axes.
+
+    On a GPU it is made on a stream of its own, which waits for nothing but DALI: what the caller has queued goes on.
+    """
+
+    def __init__(self, device: torch.device):
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def __call__(self, crops: Any) -> Tensor:
+        with torch.cuda.stream(self.stream):  # None: no change
+            view = torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
+            images = view.clone(memory_format=torch.contiguous_format)
+        if self.stream is not None:
+            self.stream.synchronize()  # DALI may have its memory back
+            images.record_stream(torch.cuda.current_stream(images.device))
+        return images

@@ -104,7 +104,14 @@ class FolderSource(ImageSource):
     root: Path = Path()
 
     def _read(self, index: int) -> bytes:
-        return (self.root / self.paths[index]).read_bytes()
+        path = os.path.join(self.root, self.paths[index])
+        size = int(self.sizes[index])
+        descriptor = os.open(path, os.O_RDONLY)  # open() takes twice the time, which counts at 15,000 images/s
+        try:
+            data = os.read(descriptor, size + 1)
+        finally:
+            os.close(descriptor)
+        return data if len(data) == size else Path(path).read_bytes()  # of another size than when it was listed
 
 
 @dataclass(frozen=True)

@@ -83,14 +83,14 @@ def horizontal_flip(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
-def plain_jpeg(data: bytes) -> bool:
-    """Whether this is a whole 8-bit grey or YCbCr JPEG, which every decoder turns into the same colours.
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a whole 8-bit grey or YCbCr JPEG, which every decoder turns into the same colours; else None.
 
-    False for everything else: CMYK, RGB, lossless and arithmetic-coded JPEGs, other formats, and files that do not end
-    with the end-of-image marker (a few bytes of padding allowed).
+    None for CMYK, RGB, lossless and arithmetic-coded JPEGs, other formats, files that do not end with the end-of-image
+    marker (a few bytes of padding allowed), and headers that leave the size open.
     """
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
-        return False
+        return None
     at, is_rgb = 2, False
     while at + 10 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -101,19 +101,23 @@ def plain_jpeg(data: bytes) -> bool:
             is_rgb = data[at + 15] == 0  # the transform: 0 none, 1 YCbCr
         if marker in (0xC0, 0xC1, 0xC2):  # frame header: baseline, extended or progressive Huffman coding
             components = data[at + 10 : at + 10 + 3 * data[at + 9] : 3]
-            return data[at + 4] == 8 and ((components == b"\1\2\3" and not is_rgb) or len(components) == 1)
+            plain = data[at + 4] == 8 and ((components == b"\1\2\3" and not is_rgb) or len(components) == 1)
+            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
+            return (width, height) if plain and width and height else None
         if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xCC)) or marker in (0xD9, 0xDA):
-            return False
+            return None
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return False
+    return None
 
 
-def as_plain(data: bytes) -> bytes:
-    """The same bytes if ``plain_jpeg``, else the image in RGB by ``to_rgb``'s rules as an uncompressed PPM file.
+def as_plain(data: bytes) -> tuple[bytes, int, int]:
+    """(bytes, width, height): the same bytes if ``plain_size`` knows them, else an uncompressed PPM file.
 
-    What a foreign decoder is fed with, so that it follows our rules.  Raises BadImage.
+    The PPM is the image in RGB by ``to_rgb``'s rules: what a foreign decoder is fed with, so that it follows our rules.
+    Raises BadImage.
     """
-    if plain_jpeg(data):
-        return data
+    size = plain_size(data)
+    if size is not None:
+        return data, *size
     image = decode(data)
-    return b"P6\n%d %d\n255\n" % image.size + image.tobytes()
+    return b"P6\n%d %d\n255\n" % image.size + image.tobytes(), *image.size

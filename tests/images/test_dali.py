@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastasync.errors import UserError
-from fastasync.images import open_images, open_source
+from fastasync.images import open_images, open_source, transforms
+from fastasync.images.dali_loader import Encoded, feed_of
 
 pytest.importorskip("nvidia.dali")
 
@@ -52,18 +54,55 @@ def test_crops_are_pillows_up_to_rounding(photo_folder, size, decibels):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fancy", [False, True])
 @pytest.mark.parametrize("size", [256, 128])
-def test_crops_on_the_gpu(photo_folder, odd_files, size):
+def test_crops_on_the_gpu(photo_folder, odd_files, size, fancy):
     for name, data in odd_files.items():
         (photo_folder / "class" / name).write_bytes(data)
     source = open_source(photo_folder)
     expected, _ = load(source, size, "pil")
-    batches = list(open_images(source, size, 4, workers=2))
+    batches = list(open_images(source, size, 4, workers=2, fancy_upsampling=fancy))
     found = torch.cat([batch.images for batch in batches])
     assert found.device.type == "cuda"
     values = [psnr(*pair) for pair in zip(found.cpu(), expected)]
     print(f"PSNR on the GPU to {size}: {min(values):.2f} to {max(values):.2f} dB")
     assert min(values) > 40  # nvJPEG's inverse cosine transform is not libjpeg-turbo's; not measured yet
+
+
+@pytest.mark.parametrize("size", [64, 100])
+def test_the_geometry_is_adms(monkeypatch, size):
+    steps = []
+
+    def resize(image, width, height, kernel):
+        steps.append((kernel, image.size, (width, height)))
+        return Image.new("RGB", (width, height))
+
+    monkeypatch.setattr(transforms, "_resize", resize)
+    shapes = [
+        (64, 64),
+        (101, 64),
+        (100, 300),
+        (199, 205),
+        (201, 200),
+        (455, 333),
+        (800, 899),
+        (1023, 1400),
+        (1600, 1700),
+    ]
+    shapes += [(128 + n, 301) for n in range(40)]
+    feed = feed_of([Encoded(np.zeros(1, np.uint8), *shape) for shape in shapes], size, most=9)
+    for number, shape in enumerate(shapes):
+        steps.clear()
+        crop = transforms.centre_crop(Image.new("RGB", shape), size)
+        assert crop.shape == (size, size, 3)
+        *halvings, (_, halved, full) = steps
+        assert feed.halvings[number] == len(halvings)
+        first = [(length - size) // 2 for length in full]
+        edges = [
+            [edge * before / after for edge, before, after in zip(at, halved, full)]
+            for at in (first, [edge + size for edge in first])
+        ]
+        assert np.allclose([feed.start[number][::-1], feed.stop[number][::-1]], edges, rtol=1e-6)
 
 
 def test_odd_files_follow_pillows_rules(tmp_path, odd_files):
@@ -102,10 +141,14 @@ def test_bad_files_are_named(tree):
     (tree / name).write_bytes(data[:2000])
     with pytest.raises(UserError, match=rf"^{name}: .*truncated"):
         load(source, 32, "dali")
-    # all markers are right, but the size says that there is more: only the decoder itself can tell
     header = data.index(b"\xff\xc0")
-    (tree / name).write_bytes(data[: header + 4] + b"\x08\0\0\0\0" + data[header + 9 :])
+    (tree / name).write_bytes(data[: header + 4] + b"\x08\0\0\0\0" + data[header + 9 :])  # 0 x 0 pixels
     with pytest.raises(UserError, match=rf"^{name}: "):
+        load(source, 32, "dali")
+    # all markers and sizes are right, but a scan names Huffman tables that are nowhere: only the decoder can tell
+    scan = data.index(b"\xff\xda")
+    (tree / name).write_bytes(data[: scan + 6] + b"\x33" + data[scan + 7 :])
+    with pytest.raises(UserError, match=rf"^{name}: DALI cannot decode it"):
         load(source, 32, "dali")
 
 

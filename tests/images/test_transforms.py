@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastasync.images.transforms import BadImage, as_plain, centre_crop, decode, horizontal_flip, plain_jpeg
+from fastasync.images.transforms import BadImage, as_plain, centre_crop, decode, horizontal_flip, plain_size
 
 
 def box(x):
@@ -96,20 +96,21 @@ def test_bad_bytes(crop_of, encoded):
 
 
 def test_only_whole_grey_and_ycbcr_jpegs_are_plain(odd_files, crop_of, encoded):
-    plain = {name for name, data in odd_files.items() if plain_jpeg(data)}
+    plain = {name for name, data in odd_files.items() if plain_size(data)}
     assert plain == {"grey.jpg", "progressive.jpg", "turned.jpg"}
     whole = encoded(crop_of(0))
-    assert plain_jpeg(whole)
-    assert plain_jpeg(whole + b"\0\0")
-    assert not any(plain_jpeg(whole[:end]) for end in range(0, len(whole), 101))
-    assert not plain_jpeg(encoded(crop_of(0), keep_rgb=True))
+    assert plain_size(whole)
+    assert plain_size(whole + b"\0\0")
+    assert not any(plain_size(whole[:end]) for end in range(0, len(whole), 101))
+    assert not plain_size(encoded(crop_of(0), keep_rgb=True))
 
 
 def test_foreign_decoders_get_the_same_pixels(odd_files):
     for name, data in odd_files.items():
-        given = as_plain(data)
-        assert (given == data) == plain_jpeg(data)
+        given, *size = as_plain(data)
+        assert (given == data) == (plain_size(data) is not None)
         with Image.open(io.BytesIO(given)) as image:
+            assert tuple(size) == image.size
             assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(decode(data))), name
 
 
