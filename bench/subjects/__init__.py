@@ -17,4 +17,5 @@ SUBJECTS = (
     "probe",
     "fp8",
     "data",
+    "encode",
 )

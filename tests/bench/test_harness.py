@@ -140,6 +140,12 @@ def test_subject_runs_on_a_cpu(bench, subject):
     assert all(row.ms > 0 and row.ms_low <= row.ms <= row.ms_high for row in bench.rows)
     if subject in ("noising", "attention", "optimizer", "step"):
         assert any("CUDA" in line or "GPU" in line or "apex" in line for line in bench.skipped)
+    if subject == "encode":
+        whole = [row for row in bench.rows if row.case == "whole"]
+        assert {row.dtype for row in whole} == {"float32", "bfloat16"} or any(
+            "diffusers" in line for line in bench.skipped
+        )
+        assert all("for images" in row.note and "for the disk" in row.note for row in whole)
     if subject == "data":
         found = {row.variant for row in bench.rows} | {"dali cpu" for line in bench.skipped if "not installed" in line}
         assert found == {"in memory", "opens each sample", "shards, direct", "shards, ahead", "pillow", "dali cpu"}
