@@ -36,6 +36,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "probe": (150, ["-m", "bench.run", "probe"]),
     "fp8": (60, ["-m", "bench.run", "fp8"]),
     "data": (90, ["-m", "bench.run", "data"]),
+    "encode": (150, ["-m", "bench.run", "encode"]),
     "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
 }
@@ -45,6 +46,7 @@ STUDY = ["-m", "bench.science.study", "--preset", "cifar10", "--work", "runs/sci
 ON_REQUEST: dict[str, tuple[float, list[str]]] = {
     "engine": (150, ["-m", "bench.run", "engine"]),  # needs DeepSpeed
     "tune": (300, ["-m", "bench.tune"]),
+    "dali-variants": (180, ["-m", "bench.experiments.dali_variants"]),  # needs DALI
     "short-attention": (120, ["-m", "bench.experiments.short_attention"]),
     "precision": (480, [*PRECISION, "--set", "train.compile=regional"]),
     "integrators": (420, [*STUDY, "--questions", "8", "--seeds", "1", "--set", "sample.count=10000"]),
@@ -71,7 +73,9 @@ def command_of(stage: str, seconds: float, out: Path, rounds: int) -> list[str]:
         command += ["--record"]
     if "bench.tune" in command:
         command += ["--seconds", f"{0.85 * seconds:.0f}", "--out", str(out / "tune" / "sweep.csv")]
-    if "bench.experiments.short_attention" in command:
+    if "bench.experiments.dali_variants" in command:
+        command += ["--seconds", f"{0.85 * seconds:.0f}"]
+    if any(part.startswith("bench.experiments.") for part in command):
         command += ["--results", str(out)]
     if "bench.precision_curve" in command:
         command += ["--out", str(out / "precision")]

@@ -441,8 +441,18 @@ def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command("encode", tree, "--out", out, *SMALL, *names) == 0
     assert "2 shards made, 0 kept; 2 are for other ranks" in capsys.readouterr().out
-    assert command("encode", tree, "--out", out, *SMALL, *names, "--rank", 0) == 0
-    assert "2 shards made, 0 kept; all finished" in capsys.readouterr().out
+    chosen = []
+
+    def opened(*arguments, **options):
+        chosen.append(options["fancy_upsampling"])
+        return open_images(*arguments, **options)
+
+    monkeypatch.setattr(encode_module, "open_images", opened)
+    assert command("encode", tree, "--out", out, *SMALL, *names, "--rank", 0, "--fancy-upsampling") == 0
+    assert chosen == [True]
+    said = capsys.readouterr().out
+    assert "2 shards made, 0 kept; all finished" in said
+    assert "after the first batch, of which it waited" in said
     assert command("check-latents", out) == 0
     assert "7 images in 4 shards" in capsys.readouterr().out
     encoding = read_index(out).encoding

@@ -39,7 +39,7 @@ WARM = 4  # batches: more than a pipeline holds
 class Setting(NamedTuple):
     """Sizes of a run: images, a batch, batches in a round, rounds, threads of DALI and of the readers."""
 
-    count: int
+    images: int
     batch: int
     batches: int
     rounds: int
@@ -190,7 +190,7 @@ def measure(bench: Bench, variant: Variant, source: ImageSource, expected: Tenso
     batches = variant.make(source, setting, bench.device)
     note = f"{setting.threads} threads"
     if variant.compared:
-        found = torch.cat([next(batches).cpu() for _ in range(setting.count // setting.batch)])
+        found = torch.cat([next(batches).cpu() for _ in range(setting.images // setting.batch)])
         decibels = psnr(found, expected)
         least = DECIBELS["dali gpu" if bench.device.type == "cuda" else "dali cpu"]
         least = min(least, 46.0) if variant.large else least  # halved images: as tests/images/test_dali.py has it
@@ -221,7 +221,7 @@ def compare(bench: Bench, setting: Setting, names: Sequence[str] = ()) -> list[s
             if (names and variant.name not in names) or bench.time_is_up(variant.name):
                 continue
             if variant.large not in sources:
-                source = write_jpegs(Path(folder) / str(variant.large), setting.count, variant.large)
+                source = write_jpegs(Path(folder) / str(variant.large), setting.images, variant.large)
                 crops = [batch.images for batch in open_images(source, SIZE, setting.batch, "pil")]
                 sources[variant.large] = source, torch.cat(crops)
             try:

@@ -11,6 +11,7 @@ The first two are the same features up to the rounding to float16 that shards ho
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +50,8 @@ class OnlineFeatures:
 
     Without gradient and in the precision of the step's autocast.  ``shape``: (tokens, width).  Within ``reading`` a
     thread decodes the images of the coming calls, with DALI where encoding would, else with Pillow, and on a GPU on a
-    stream of its own.  The view is that of the latents: the crop, or its mirror image where ``flips`` is true.
+    stream of its own; ``waited`` is for how many seconds the calls had to wait for it.  The view is that of the
+    latents: the crop, or its mirror image where ``flips`` is true.
 
     Raises UserError: a field of the configuration is missing or wrong, or the images are not those of the latents.
     """
@@ -73,6 +75,7 @@ class OnlineFeatures:
         self._pool: ThreadPoolExecutor | None = None
         self._views: Iterator[_Views] = iter(())
         self._ahead: deque[Future[_Views]] = deque()
+        self.waited = 0.0
 
     @contextmanager
     def reading(self, calls: Callable[[int], Call], start: int, stop: int) -> Iterator[None]:
@@ -93,7 +96,9 @@ class OnlineFeatures:
         """float32 [B, tokens, width] on the latents' device.  UserError, naming the file, if one cannot be decoded."""
         if self._pool is None:
             raise RuntimeError("the features are asked for outside of `reading`")
+        before = time.perf_counter()
         views = self._ahead.popleft().result()
+        self.waited += time.perf_counter() - before
         self._submit()
         if not _equal(views.indices, indices) or not _equal(views.flips, flips):
             raise RuntimeError("the features are asked for in another order than was announced")

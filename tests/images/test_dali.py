@@ -152,6 +152,12 @@ def test_bad_files_are_named(tree):
         load(source, 32, "dali")
 
 
+def test_the_choice_of_upsampling(tree):
+    source, options = open_source(tree), {"backend": "dali", "device": "cpu"}
+    assert not open_images(source, 32, 4, **options).form.fancy
+    assert open_images(source, 32, 4, **options, fancy_upsampling=True).form.fancy
+
+
 def test_a_loader_can_be_left_and_started_again(tree):
     source = open_source(tree)
     loader = open_images(source, 32, 4, "dali", device="cpu", workers=1)
