@@ -18,8 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from bench.harness import ROOT, commit, device_name
 from bench.jpeg_networks import (
@@ -61,6 +64,7 @@ from fastasync.representations.classifier import Classifier, ClassifierSettings,
 
 SIDE, GRID, CHANNELS = 64, 8, 16  # of the images, of the token grid, of each latent
 QUALITY, SHARDS = 95, 8
+CHUNK = 250  # images at a time in the frozen networks
 
 
 @dataclass(frozen=True)
@@ -71,28 +75,30 @@ class Sizes:
     held_out: int  # test images: what the stand-ins are measured on, and the floor of the figures
     reference: int  # training images that samples are compared with
     samples: int
-    nfe: int  # network evaluations of a sample (Heun)
+    nfe: int  # network evaluations of a sample (Heun; one less where the last step is Euler's)
+    last_step: float  # local time that Euler takes at the end; 0: Heun to the end
     ranks: int
     precision: str  # of what is trained: bf16 autocast or float32
     ema: float
     budget: float  # of the probe
     vae: tuple[tuple[int, ...], int, int, int]  # widths, layers
     vit: tuple[str, int, int]  # timm's name
-    semvae: tuple[int, int, int, int]  # width, depth
+    semvae: tuple[int, int, int, int]  # width, depth; it is measured on a tenth of the images, at most 2,000
     dit: tuple[int, int, int, int, int]  # depth, width, heads
 
 
 # fmt: off
 _VIT = "vit_tiny_patch16_224"
 SIZES = {
-    "tiny": Sizes(60, 20, 40, 20, 2, 2, "float32", ema=0.5, budget=1.0, vae=((32, 32, 32, 32), 1, 2, 4),
+    "tiny": Sizes(60, 20, 40, 20, 2, 0.0, 2, "float32", ema=0.5, budget=1.0, vae=((32, 32, 32, 32), 1, 2, 4),
                   vit=("test_vit", 2, 8), semvae=(16, 1, 4, 8), dit=(1, 32, 2, 4, 8)),
-    "cpu": Sizes(4000, 1000, 2000, 1000, 18, 2, "bfloat16", ema=0.99, budget=0.05,
+    "cpu": Sizes(4000, 1000, 2000, 1000, 18, 0.0, 2, "bfloat16", ema=0.99, budget=0.05,
                  vae=((32, 64, 64, 64), 1, 1200, 16), vit=(_VIT, 600, 32),
                  semvae=(128, 2, 400, 32), dit=(6, 192, 6, 800, 64)),
-    "gpu": Sizes(50000, 5000, 50000, 10000, 50, 1, "bfloat16", ema=0.999, budget=0.01,
-                 vae=((64, 128, 256, 256), 2, 8000, 128), vit=(_VIT, 6000, 256),
-                 semvae=(256, 4, 4000, 256), dit=(12, 384, 6, 20000, 256)),
+    # DeepSpeed's steps are not recorded, so launches bound them: fewer layers, larger batches than in S
+    "gpu": Sizes(50000, 10000, 50000, 10000, 50, 0.2, 1, "bfloat16", ema=0.998, budget=0.02,
+                 vae=((64, 128, 256, 256), 1, 2500, 64), vit=(_VIT, 1200, 512),
+                 semvae=(256, 4, 400, 128), dit=(8, 512, 8, 1600, 1024)),
 }
 # fmt: on
 
@@ -144,7 +150,12 @@ class Work:
 
     @cached_property
     def autoencoder(self) -> Representation:
-        return build("autoencoder", (3, SIDE, SIDE), GRID, weights=str(self.vae)).to(self.device)
+        made = build("autoencoder", (3, SIDE, SIDE), GRID, weights=str(self.vae), chunk=CHUNK)
+        return made.to(self.device)
+
+    def reconstructed(self, images: Tensor) -> Tensor:
+        """Images uint8 [N, 3, S, S] through the autoencoder, on its device."""
+        return self.autoencoder.decode(self.autoencoder.encode(images))
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -180,18 +191,30 @@ def fastasync(*words: object) -> None:
 # --- the stages, in order ---------------------------------------------------------------------------------------------
 
 
+def write_jpegs(folder: Path, images: np.ndarray[Any, np.dtype[np.uint8]], indices: Sequence[int]) -> int:
+    """Images [N, 3, H, W], upscaled by bicubic interpolation, as JPEGs named by ``indices``; returns their bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for image, index in zip(images, indices, strict=True):
+        path = folder / f"{index:05d}.jpg"
+        picture = Image.fromarray(image.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        picture.save(path, quality=QUALITY)
+        total += path.stat().st_size
+    return total
+
+
 def jpegs(work: Work) -> str:
-    """The first images of each class as JPEGs, upscaled by bicubic interpolation."""
+    """The first images of each class as JPEGs, by a process for each class (forked: without CUDA in it)."""
     total, counts = 0, (work.sizes.images, work.sizes.held_out)
     for split, folder, count in zip(("train", "test"), (work.images, work.held_out), counts):
         found: ImageSet = load_images("cifar10", work.data, split)
-        for label, name in enumerate(found.class_names):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for index in (found.labels == label).nonzero().flatten()[: count // found.classes].tolist():
-                picture = Image.fromarray(found.images[index].permute(1, 2, 0).numpy())
-                path = folder / name / f"{index:05d}.jpg"
-                picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path, quality=QUALITY)
-                total += path.stat().st_size
+        chosen = [
+            (found.labels == label).nonzero().flatten()[: count // found.classes] for label in range(found.classes)
+        ]
+        folders = [folder / name for name in found.class_names]
+        images, indices = (found.images[one].numpy() for one in chosen), (one.tolist() for one in chosen)
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
+            total += sum(pool.map(write_jpegs, folders, images, indices))
     return f"{counts[0]:,} + {counts[1]:,} JPEGs of {SIDE}x{SIDE}, quality {QUALITY}, {total / 1e6:.1f} MB"
 
 
@@ -209,7 +232,7 @@ def train_autoencoder(work: Work) -> str:
     fit(vae, autoencoder_loss(vae, images), len(images), plan, work.out / "autoencoder.pt", "autoencoder")
     save_tensors(work.vae, vae.state_dict())
     held_out = work.test_pictures.images
-    quality = psnr(work.autoencoder.decode(work.autoencoder.encode(held_out)), held_out)
+    quality = psnr(work.reconstructed(held_out), held_out)
     size = sum(parameter.numel() for parameter in vae.parameters())
     return f"{size / 1e6:.2f} M parameters, {steps:,} steps of {batch}; PSNR {quality:.2f} dB of held-out images"
 
@@ -228,11 +251,13 @@ def train_vit(work: Work) -> str:
 
 def train_semvae(work: Work) -> str:
     width, depth, steps, batch = work.sizes.semvae
+    measured = min(work.sizes.images // 10, 2000)  # reading images takes most of this stage
     fastasync(
         "train-semvae", "--data", work.images, "--out", work.semvae.parent, "--vit", work.sizes.vit[0],
         "--vit-weights", work.vit, "--size", SIDE, "--grid", GRID, "--channels", CHANNELS, "--width", width,
         "--depth", depth, "--heads", 4, "--steps", steps, "--batch", batch, "--learning-rate", 1e-3, "--warmup", 50,
-        "--held-out", work.sizes.images // 10, "--save-every", 200, "--device", work.device.type,
+        "--held-out", measured, "--probe-images", 5 * measured, "--statistics-images", 2 * measured,
+        "--save-every", 200, "--device", work.device.type,
     )  # fmt: skip
     quality = json.loads(work.semvae.with_suffix(".json").read_text())["quality"]
     cosine, latents, features = (quality[name] for name in ("held_out_cosine", "probe_latents", "probe_features"))
@@ -243,9 +268,10 @@ def encode(work: Work) -> str:
     fastasync(
         "encode", work.images, "--out", work.latents, "--skip-bad", work.out / "bad.txt",
         "--representations", "autoencoder,dino_semantic", "--option", f"autoencoder.weights={work.vae}",
+        "--option", f"autoencoder.chunk={CHUNK}", "--option", f"dino_semantic.chunk={CHUNK}",
         "--option", f"dino_semantic.vit={work.sizes.vit[0]}", "--option", f"dino_semantic.vit_weights={work.vit}",
         "--option", f"dino_semantic.semvae={work.semvae}", "--size", SIDE, "--grid", GRID,
-        "--shard-size", -(-work.sizes.images // SHARDS), "--batch", 125, "--device", work.device.type,
+        "--shard-size", -(-work.sizes.images // SHARDS), "--batch", CHUNK, "--device", work.device.type,
     )  # fmt: skip
     size = sum(path.stat().st_size for path in work.latents.glob("*.safetensors"))
     return f"{SHARDS} shards, both views, {size / 1e6:.1f} MB"
@@ -259,20 +285,22 @@ def check_latents(work: Work) -> str:
 def settings(work: Work) -> list[str]:
     """What differs from preset imagenet256-s."""
     depth, width, heads, steps, batch = work.sizes.dit
-    inception = isinstance(work.extractor, InceptionFeatures)
+    inception, large = isinstance(work.extractor, InceptionFeatures), width >= 384
     chosen = {
         "data.root": work.latents, "representations.channels": f"{CHANNELS},{CHANNELS}", "representations.grid": GRID,
         "representations.decoder": work.vae, "model.size": "custom", "model.depth": depth, "model.width": width,
-        "model.heads": heads, "model.classes": 10, "model.repa_width": 0, "objective.repa_weight": 0,
-        "train.steps": steps, "train.batch": batch, "train.lr": 1e-3 if width < 384 else 4e-4,
+        "model.heads": heads, "model.mlp_multiple": 64 if large else 1, "model.classes": 10,
+        "model.repa_width": 0, "objective.repa_weight": 0,
+        "train.steps": steps, "train.batch": batch, "train.lr": 8e-4 if large else 1e-3,
         "train.warmup": steps // 20, "train.ema": work.sizes.ema, "train.clip": 1, "train.compile": "off",
         "train.engine": "deepspeed", "train.zero": 1, "train.device": work.device.type,
         "train.precision": {"float32": "fp32", "bfloat16": "bf16"}[work.sizes.precision],
-        "train.checkpoint_every": max(steps // 6, 1),
-        "probe.depth": max(depth // 3, 1), "probe.width": width // 3 // 8 * 8, "probe.heads": 2,
+        "train.checkpoint_every": max(steps // 3, 1),
+        "probe.depth": max(depth // 3, 1), "probe.width": min(width // 3 // 8 * 8, 128), "probe.heads": 2,
         "probe.batch": batch, "probe.lr": 1e-3, "probe.budget": work.sizes.budget,
-        "sample.count": work.sizes.samples, "sample.batch": min(work.sizes.samples, 250), "sample.integrator": "heun",
-        "sample.steps": work.sizes.nfe // 2, "evaluate.metrics": "fid",
+        "sample.count": work.sizes.samples, "sample.batch": min(work.sizes.samples, 1000),
+        "sample.integrator": "heun_euler" if work.sizes.last_step else "heun",
+        "sample.last_step": work.sizes.last_step, "sample.steps": work.sizes.nfe // 2, "evaluate.metrics": "fid",
         "evaluate.features": "inception" if inception else "classifier", "evaluate.weights": work.inception,
         "evaluate.reference": work.reference,
     }  # fmt: skip
@@ -294,11 +322,14 @@ def train(work: Work) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = work.sizes.ranks if work.device.type == "cpu" else 1
-    words = ["--num_gpus", str(ranks), "--master_port", str(port), str(ROOT / "train.py"), "--out", str(work.run)]
-    print(f"$ deepspeed {shlex.join(words)}", flush=True)
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    ranks, where = work.sizes.ranks, ["--num_gpus", str(work.sizes.ranks)]
+    if work.device.type == "cuda":  # with --num_gpus the launcher takes GPU 0, whatever CUDA_VISIBLE_DEVICES says
+        visible = environment.pop("CUDA_VISIBLE_DEVICES", "") or "0"
+        ranks, where = 1, ["--include", f"localhost:{visible.split(',')[0]}"]
+    words = [*where, "--master_port", str(port), str(ROOT / "train.py"), "--out", str(work.run)]
+    print(f"$ deepspeed {shlex.join(words)}", flush=True)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *words]
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise UserError("deepspeed train.py", f"ended with {code}", "see above; the same command continues here")
@@ -313,8 +344,9 @@ def reference(work: Work) -> str:
     statistics = work.extractor.extract(work.train_pictures.images[chosen.to(work.device)]).statistics()
     statistics.save(work.reference)
     real = work.test_pictures.images
-    made = work.autoencoder.decode(work.autoencoder.encode(real))
-    floor, decoder = (evaluate(images, statistics, work.extractor)["fid"] for images in (real, made))
+    floor, decoder = (
+        evaluate(images, statistics, work.extractor)["fid"] for images in (real, work.reconstructed(real))
+    )
     return (
         f"FID of {len(real):,} held-out images {floor:.2f}, reconstructed {decoder:.2f}, against {len(chosen):,} "
         f"training images; {work.extractor.name}"
@@ -323,7 +355,8 @@ def reference(work: Work) -> str:
 
 def sample(work: Work) -> str:
     fastasync("sample", "--out", work.run)
-    return f"{work.sizes.samples:,} samples, Heun, {work.sizes.nfe} evaluations"
+    way = f"last step {work.sizes.last_step:g} by Euler" if work.sizes.last_step else "Heun to the end"
+    return f"{work.sizes.samples:,} samples, at most {work.sizes.nfe} evaluations, {way}"
 
 
 def score(work: Work) -> str:
@@ -350,8 +383,10 @@ def report(work: Work) -> str:
     fastasync("report", "--out", work.run)
     with np.load(work.samples() / "samples.npz") as arrays:
         samples, labels = torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(arrays["labels"])
-    real = work.test_pictures
-    made = real._replace(images=work.autoencoder.decode(work.autoencoder.encode(real.images)))
+    found = work.test_pictures
+    first = torch.stack([(found.labels == label).nonzero()[0, 0] for label in range(len(found.class_names))])
+    real = found._replace(images=found.images[first], labels=found.labels[first])
+    made = real._replace(images=work.reconstructed(real.images))
     drawn = Pictures(samples, labels, real.class_names)
     draw_picture({"held-out": (real, 1), "decoded": (made, 1), "samples": (drawn, 4)}, work.out / "jpeg-run.png")
     return f"{work.run / 'report.html'} and {work.out / 'jpeg-run.png'}"
