@@ -90,7 +90,7 @@ class Sizes:
 # fmt: off
 _VIT = "vit_tiny_patch16_224"
 SIZES = {
-    "tiny": Sizes(60, 20, 40, 20, 2, 0.0, 2, "float32", ema=0.5, budget=1.0, vae=((32, 32, 32, 32), 1, 2, 4),
+    "tiny": Sizes(60, 20, 40, 20, 4, 0.2, 2, "float32", ema=0.5, budget=1.0, vae=((32, 32, 32, 32), 1, 2, 4),
                   vit=("test_vit", 2, 8), semvae=(16, 1, 4, 8), dit=(1, 32, 2, 4, 8)),
     "cpu": Sizes(4000, 1000, 2000, 1000, 18, 0.0, 2, "bfloat16", ema=0.99, budget=0.05,
                  vae=((32, 64, 64, 64), 1, 1200, 16), vit=(_VIT, 600, 32),

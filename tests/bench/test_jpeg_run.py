@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,29 @@ def test_rows_are_recorded_once_and_the_picture_stays_small(tmp_path, monkeypatc
     assert (tmp_path / "docs" / "copy.png").read_bytes() == (tmp_path / "run.png").read_bytes()
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     assert plots.main([]) == 2  # not taken for a GPU's benchmarks
+
+
+def test_the_launcher_takes_the_gpu_that_is_visible(tmp_path, monkeypatch):
+    """DeepSpeed's --num_gpus takes the first of the machine, and its --include counts all of the machine's."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 0.5}\n')
+    size = jpeg_run.SIZES["gpu"]
+    calls = []
+
+    def run(command, env, check):
+        calls.append((command, env))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(jpeg_run.subprocess, "run", run)
+    for visible, chosen in (("1", "localhost:1"), (None, "localhost:0")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        said = jpeg_run.train(SimpleNamespace(device=torch.device("cuda"), sizes=size, run=tmp_path))
+        assert said == f"5 steps of {size.dit[-1]}, 1 rank(s), ZeRO 1; loss 0.500"
+        command, environment = calls.pop()
+        assert command[command.index("--include") + 1] == chosen
+        assert "--num_gpus" not in command
+        assert "CUDA_VISIBLE_DEVICES" not in environment
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
