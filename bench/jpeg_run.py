@@ -97,8 +97,8 @@ SIZES = {
                  semvae=(128, 2, 400, 32), dit=(6, 192, 6, 800, 64)),
     # DeepSpeed's steps are not recorded, so launches bound them: fewer layers, larger batches than in S
     "gpu": Sizes(50000, 10000, 50000, 10000, 50, 0.2, 1, "bfloat16", ema=0.998, budget=0.02,
-                 vae=((64, 128, 256, 256), 1, 2500, 64), vit=(_VIT, 1200, 512),
-                 semvae=(256, 4, 400, 128), dit=(8, 512, 8, 1600, 1024)),
+                 vae=((64, 128, 256, 256), 1, 2500, 64), vit=(_VIT, 1000, 512),
+                 semvae=(256, 4, 400, 128), dit=(8, 512, 8, 1500, 1024)),
 }
 # fmt: on
 
