@@ -27,6 +27,8 @@ halves a descriptor's rows and not the descriptor), and eight give the same code
 quack wants gate and up by turns, [a0, b0, a1, b1, ..]: w12's rows are put into this order outside of what is timed, and
 its packed is compared as the view that it is.  quack's backward also writes out again (403 MB), which would save
 keeping it.  In its default form it has no gradient of the bias: torch's sum is added to it in the case that has one.
+quack and cutlass must lie in a folder called site-packages: elsewhere quack 0.6 takes cutlass for the user's own code
+and refuses it.
 """
 
 from __future__ import annotations
@@ -273,6 +275,8 @@ def compare(bench: Bench, op: Operation, until: float = math.inf) -> list[Row]:
             bench.skip(label, f"{type(error).__name__}: {_short(error)}")
             del op.variants[name]
     del inputs
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # the check's float64 tensors; recordings have memory of their own
     before = len(bench.rows)
     bench.operation(op)
     return bench.rows[before:]
