@@ -50,7 +50,7 @@ from torch import Tensor
 
 from bench.experiments.swiglu_gemm_kernels import Tile, gated_product, gated_product_backward, offline_case
 from bench.harness import RESULTS, Bench, Operation, Row, check, device_name, write_rows
-from bench.subjects.common import XL, Random
+from bench.subjects.common import XL, Random, short
 
 BASELINE = "cuBLAS + swiglu"
 
@@ -73,6 +73,7 @@ BACKWARD = (
     Tile(128, 128, 64, 8, 3, False, parts=4, flat=False, programs=2, limit=128),
 )
 REHEARSED = Tile(16, 32, 16, 4, 1, joined=True)
+REHEARSED_SIZE = {"width": 40, "hidden": 64, "tokens": 25}
 
 
 class Quack(NamedTuple):
@@ -176,13 +177,18 @@ def forward_operation(
         w12, bias = random(2 * hidden, width, scale=width**-0.5), random(2 * hidden, scale=0.1)
         return [x, w12, bias, by_turns(w12), by_turns(bias)]
 
-    variants = {"reference": plain(reference.swiglu), BASELINE: plain(swiglu)}
+    variants: dict[str, Callable[..., Any]] = {"reference": plain(reference.swiglu), BASELINE: plain(swiglu)}
     variants |= _buildable(bench, some.triton, fused) | _buildable(bench, some.quack, quack)
     rows = batch * size["tokens"]
     numbers = rows * (width + (3 if keep else 1) * hidden) + 2 * hidden * width
     return Operation(
-        *("swiglu_gemm", f"forward{'' if keep else ', out only'}", f"[{rows}, {width}] x [{width}, 2x{hidden}]"),
-        *(str(dtype).split(".")[1], variants, make, batch),
+        "swiglu_gemm",
+        f"forward{'' if keep else ', out only'}",
+        f"[{rows}, {width}] x [{width}, 2x{hidden}]",
+        short(dtype),
+        variants,
+        make,
+        batch,
         nbytes=numbers * dtype.itemsize,
         flops=4 * rows * width * hidden,
         check_batch=2,
@@ -231,13 +237,18 @@ def backward_operation(
         turned = [packed.unflatten(1, (2, -1)).transpose(1, 2).flatten(1)] if some.quack else []
         return [random(rows, width), random(width, hidden, scale=width**-0.5), packed, *turned]
 
-    variants = {"reference": plain, BASELINE: baseline}
+    variants: dict[str, Callable[..., Any]] = {"reference": plain, BASELINE: baseline}
     variants |= _buildable(bench, some.triton, fused) | _buildable(bench, some.quack, quack)
     rows = batch * size["tokens"]
     numbers = rows * (width + 4 * hidden) + hidden * width
     return Operation(
-        *("swiglu_gemm", f"backward{', bias' if bias else ''}", f"[{rows}, {width}] x [{width}, {hidden}]"),
-        *(str(dtype).split(".")[1], variants, make, batch),
+        "swiglu_gemm",
+        f"backward{', bias' if bias else ''}",
+        f"[{rows}, {width}] x [{width}, {hidden}]",
+        short(dtype),
+        variants,
+        make,
+        batch,
         nbytes=numbers * dtype.itemsize,
         flops=2 * rows * width * hidden,
         check_batch=2,
@@ -360,25 +371,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = "no CUDA device; --offline and --rehearse need none"
         print(f"bench.experiments.swiglu_gemm: error: {text}", file=sys.stderr)
         return 2
+    quack = () if options.only == "triton" else QUACK
+    if options.rehearse:
+        bench, size, batch, dtype = Bench(torch.device("cpu"), rounds=1), REHEARSED_SIZE, 2, torch.float32
+        forward, backward = [REHEARSED], [REHEARSED._replace(parts=2)]
+    else:
+        device = torch.device("cuda")
+        path = options.results / f"{device_name(device)}.csv"
+        bench = Bench(device, options.rounds, sink=lambda row: write_rows(path, [row]))
+        size, batch, dtype = XL, options.batch, torch.bfloat16
+        bench.measure_ceilings()
+    if options.only == "quack":
+        forward, backward = [], []
+    both = Candidates(forward, quack), Candidates(backward, quack)
     with torch.no_grad():
-        if options.rehearse:
-            bench = Bench(torch.device("cpu"), rounds=1)
-            tiny = {"width": 40, "hidden": 64, "tokens": 25}
-            tiles = [REHEARSED], [REHEARSED._replace(parts=2)]
-            quack = () if options.only == "triton" else QUACK
-            lines = measure(
-                bench, tiny, 2, torch.float32, *(Candidates(some, quack) for some in tiles), options.seconds
-            )
-        else:
-            device = torch.device("cuda")
-            path = options.results / f"{device_name(device)}.csv"
-            bench = Bench(device, options.rounds, sink=lambda row: write_rows(path, [row]))
-            bench.measure_ceilings()
-            quack = () if options.only == "triton" else QUACK
-            tiles = ((), ()) if options.only == "quack" else (forward, backward)
-            lines = measure(
-                bench, XL, options.batch, torch.bfloat16, *(Candidates(some, quack) for some in tiles), options.seconds
-            )
+        lines = measure(bench, size, batch, dtype, both[0], both[1], options.seconds)
     print("\n".join(lines))
     return 0
 
