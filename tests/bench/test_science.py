@@ -354,9 +354,7 @@ def test_processes_share_the_work(finished, monkeypatch, tmp_path):
     jobs = [TrainJob(Spec(name, 100), points) for name in TINY.fixed]
     monkeypatch.setitem(study.QUESTIONS, 1, Question(1, "two", lambda *_: jobs, study.QUESTIONS[1].report))
     claim = workshop.claim(jobs[0].spec)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(claim)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(claim)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     done, run = [], worker.run
 
