@@ -155,7 +155,7 @@ def philox_words(seed, step, sample, block, STREAM: tl.constexpr):
 def unit(word):
     """32-bit word -> float32 in (0, 1): the middle of one of 2**23 equal cells, exact.
 
-    The upper 23 bits as the fraction of a number in [1, 2), less 1 - 2**-24: no conversion, which is a slow instruction.
+    The upper 23 bits as the fraction of a number in [1, 2), less 1 - 2**-24: no conversion, a slow instruction.
     """
     return ((word >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.99999994
 
