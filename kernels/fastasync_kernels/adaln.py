@@ -31,44 +31,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
-from ._rows import check_unit_stride, head_and_tail, unit_stride
+from ._rows import check_unit_stride, head_and_tail, row_sum, store_column_tops, store_row_tops, unit_stride
 from .column_sums import column_sums
+from .tops import Tops, column_tops
 
 # 32 tokens per program: partial sums then add about 6 % to the backward's traffic; a block of rows is what the
 # interpreter is fast at
 _ALL = Launch(chunk=32, rows=8 if INTERPRET else 1, stages=3)
 FORWARD = GATED_FORWARD = BACKWARD = GATED_BACKWARD = BIAS_BACKWARD = _ALL
+TOPS_FORWARD = TOPS_GATED_FORWARD = TOPS_BACKWARD = _ALL  # the last of the gated form
 REDUCE = Launch(columns=4096 if INTERPRET else 256, warps=2)
 
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    y_ptr,
-    gate_ptr,
-    weight_ptr,
-    shift_ptr,
-    scale_ptr,
-    residual_ptr,
-    out_ptr,
-    tokens,
-    chunks,
-    x_b,
-    x_n,
-    y_b,
-    y_n,
-    gate_b,
-    shift_b,
-    scale_b,
-    eps,
-    GATED: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x_ptr, y_ptr, gate_ptr, weight_ptr, shift_ptr, scale_ptr, residual_ptr, out_ptr, row_top_ptr, top_ptr,
+    tokens, chunks, x_b, x_n, y_b, y_n, gate_b, shift_b, scale_b, eps,
+    GATED: tl.constexpr, TOPS: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """TOPS: the largest magnitudes of h too (``tops``)."""
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
     low = tl.arange(0, HEAD)[None, :]
@@ -84,6 +66,9 @@ def _forward_kernel(
     if GATED:
         gate0 = tl.load(gate_ptr + sample * gate_b + low).to(tl.float32)
         gate1 = tl.load(gate_ptr + sample * gate_b + high, inside, 0.0).to(tl.float32)
+    if TOPS:
+        top0 = tl.zeros([ROWS, HEAD], tl.float32)
+        top1 = tl.zeros([ROWS, TAIL], tl.float32)
 
     for start in tl.range(first, tl.minimum(first + CHUNK, tokens), ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS))[:, None]
@@ -101,10 +86,19 @@ def _forward_kernel(
             tl.store(residual_ptr + out_row + high, rounded1, here & inside)
             x0 = rounded0.to(tl.float32)
             x1 = rounded1.to(tl.float32)
-        square = tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1)
-        r = tl.rsqrt(square / D + eps)[:, None]
-        tl.store(out_ptr + out_row + low, (x0 * r * a0 + shift0).to(out_ptr.dtype.element_ty), here)
-        tl.store(out_ptr + out_row + high, (x1 * r * a1 + shift1).to(out_ptr.dtype.element_ty), here & inside)
+        r = tl.rsqrt(row_sum(x0 * x0, x1 * x1, ROWS) / D + eps)
+        h0 = (x0 * r * a0 + shift0).to(out_ptr.dtype.element_ty)
+        h1 = (x1 * r * a1 + shift1).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_row + low, h0, here)
+        tl.store(out_ptr + out_row + high, h1, here & inside)
+        if TOPS:
+            size0 = tl.where(here, tl.abs(h0.to(tl.float32)), 0.0)  # past the last token stands the shift
+            size1 = tl.where(here, tl.abs(h1.to(tl.float32)), 0.0)
+            store_row_tops(row_top_ptr + (sample * tokens + row) * 4, size0, size1, here, ROWS, HEAD, TAIL)
+            top0 = tl.maximum(top0, size0)
+            top1 = tl.maximum(top1, size1)
+    if TOPS:
+        store_column_tops(top_ptr + tl.program_id(0).to(tl.int64) * D, top0, top1, D, HEAD, TAIL)
 
 
 @triton.jit
@@ -119,6 +113,8 @@ def _backward_kernel(
     dx_ptr,
     dy_ptr,
     partial_ptr,
+    row_top_ptr,
+    top_ptr,
     tokens,
     chunks,
     x_b,
@@ -134,6 +130,7 @@ def _backward_kernel(
     eps,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
+    TOPS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     D: tl.constexpr,
     HEAD: tl.constexpr,
@@ -144,7 +141,7 @@ def _backward_kernel(
 ):
     """x is the normalised tensor (x' of the gated form).  RESIDUAL: a gradient of x' arrives besides that of h.
 
-    BIAS (gated only): sum dy too.
+    BIAS (gated only): sum dy too.  TOPS (gated only): dy's largest magnitudes too.
     """
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
@@ -168,6 +165,9 @@ def _backward_kernel(
     if BIAS:
         dx_sum0 = tl.zeros([ROWS, HEAD], tl.float32)
         dx_sum1 = tl.zeros([ROWS, TAIL], tl.float32)
+    if TOPS:
+        top0 = tl.zeros([ROWS, HEAD], tl.float32)
+        top1 = tl.zeros([ROWS, TAIL], tl.float32)
 
     for start in tl.range(first, tl.minimum(first + CHUNK, tokens), ROWS, num_stages=STAGES):
         row = (start + tl.arange(0, ROWS))[:, None]
@@ -181,10 +181,10 @@ def _backward_kernel(
         g1 = tl.load(g_row + high, here & inside, 0.0).to(tl.float32)
 
         # both row sums before r is known, so that they share one round of synchronisation: mean(g a n) = r sum(g a x)/D
-        square = tl.sum(x0 * x0, 1) + tl.sum(x1 * x1, 1)
-        product = tl.sum(g0 * a0 * x0, 1) + tl.sum(g1 * a1 * x1, 1)
-        r = tl.rsqrt(square / D + eps)[:, None]
-        mean = product[:, None] * r / D
+        square = row_sum(x0 * x0, x1 * x1, ROWS)
+        product = row_sum(g0 * a0 * x0, g1 * a1 * x1, ROWS)
+        r = tl.rsqrt(square / D + eps)
+        mean = product * r / D
         n0 = x0 * r
         n1 = x1 * r
         dx0 = r * (g0 * a0 - n0 * mean)
@@ -199,8 +199,16 @@ def _backward_kernel(
             y_row = y_ptr + sample * y_b + row.to(tl.int64) * y_n
             gate_sum0 += dx0 * tl.load(y_row + low, here, 0.0).to(tl.float32)
             gate_sum1 += dx1 * tl.load(y_row + high, here & inside, 0.0).to(tl.float32)
-            tl.store(dy_ptr + dx_row + low, (dx0 * gate0).to(dy_ptr.dtype.element_ty), here)
-            tl.store(dy_ptr + dx_row + high, (dx1 * gate1).to(dy_ptr.dtype.element_ty), here & inside)
+            dy0 = (dx0 * gate0).to(dy_ptr.dtype.element_ty)
+            dy1 = (dx1 * gate1).to(dy_ptr.dtype.element_ty)
+            tl.store(dy_ptr + dx_row + low, dy0, here)
+            tl.store(dy_ptr + dx_row + high, dy1, here & inside)
+        if TOPS:
+            size0 = tl.abs(dy0.to(tl.float32))
+            size1 = tl.abs(dy1.to(tl.float32))
+            store_row_tops(row_top_ptr + (sample * tokens + row) * 4, size0, size1, here, ROWS, HEAD, TAIL)
+            top0 = tl.maximum(top0, size0)
+            top1 = tl.maximum(top1, size1)
         if BIAS:
             dx_sum0 += dx0
             dx_sum1 += dx1
@@ -209,6 +217,8 @@ def _backward_kernel(
         gn_sum0 += g0 * n0
         gn_sum1 += g1 * n1
 
+    if TOPS:
+        store_column_tops(top_ptr + tl.program_id(0).to(tl.int64) * D, top0, top1, D, HEAD, TAIL)
     sums: tl.constexpr = 2 + GATED + BIAS
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * sums * D
     tl.store(partial + low, tl.sum(g_sum0, 0)[None, :])
@@ -297,22 +307,36 @@ def _check(
 
 
 def _launch_forward(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    tops: Tops | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """x' and h; what ``tops`` holds is written, h's largest magnitudes."""
     batch, tokens, width = x.shape
     out = x.new_empty(x.shape)
     residual = x if y is None else x.new_empty(x.shape)
-    launch = FORWARD if y is None else GATED_FORWARD
+    if tops is None:
+        launch = FORWARD if y is None else GATED_FORWARD
+    else:
+        launch = TOPS_FORWARD if y is None else TOPS_GATED_FORWARD
     chunks = triton.cdiv(tokens, launch.chunk)
+    rows, parts = (x, x) if tops is None else (tops.rows, x.new_empty((batch * chunks, width)))
     if batch * chunks:
         second, gates = (x, shift) if y is None or gate is None else (y, gate)  # unused when not gated
         with on_device(x):
             _forward_kernel[(batch * chunks,)](
-                x, second, gates, weight, shift, scale, residual, out, tokens, chunks,
+                x, second, gates, weight, shift, scale, residual, out, rows, parts, tokens, chunks,
                 x.stride(0), x.stride(1), second.stride(0), second.stride(1),
                 gates.stride(0), shift.stride(0), scale.stride(0), eps,
-                GATED=y is not None, **_meta(width, launch),
+                GATED=y is not None, TOPS=tops is not None, **_meta(width, launch),
             )  # fmt: skip
+    if tops is not None:
+        column_tops(parts, tops.columns)
     return residual, out
 
 
@@ -326,8 +350,12 @@ def _launch_backward(
     dout: Tensor,
     eps: float,
     bias: torch.dtype | None = None,
+    tops: Tops | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dy, dgate, dweight, dshift, dscale, dbias (dy, dgate empty when not gated; dbias without its dtype)."""
+    """dx, dy, dgate, dweight, dshift, dscale, dbias (dy, dgate empty when not gated; dbias without its dtype).
+
+    What ``tops`` holds is written, dy's largest magnitudes, and a one after its columns (gated only).
+    """
     batch, tokens, width = x.shape
     dout = unit_stride(dout)
     gated = y is not None and gate is not None
@@ -338,23 +366,30 @@ def _launch_backward(
     dshift, dscale = x.new_empty((batch, width)), x.new_empty((batch, width))
     dgate = x.new_empty((batch, width) if gated else (0,))
     weighted = x.new_empty((batch, width), dtype=torch.float32)
-    launch = BACKWARD if not gated else GATED_BACKWARD if bias is None else BIAS_BACKWARD
+    if tops is None:
+        launch = BACKWARD if not gated else GATED_BACKWARD if bias is None else BIAS_BACKWARD
+    else:
+        launch = TOPS_BACKWARD
     chunks = triton.cdiv(tokens, launch.chunk)
+    rows, parts = (x, x) if tops is None else (tops.rows, x.new_empty((batch * chunks, width)))
     sums = 2 + gated + (bias is not None)
     partial = x.new_empty((batch, chunks, sums, width), dtype=torch.float32)
     if batch:
         with on_device(x):
             if chunks:
                 _backward_kernel[(batch * chunks,)](
-                    x, second, gates, weight, scale, incoming, dout, dx, dy, partial, tokens, chunks,
+                    x, second, gates, weight, scale, incoming, dout, dx, dy, partial, rows, parts, tokens, chunks,
                     x.stride(0), x.stride(1), second.stride(0), second.stride(1), gates.stride(0), scale.stride(0),
                     incoming.stride(0), incoming.stride(1), dout.stride(0), dout.stride(1), eps,
-                    GATED=gated, BIAS=bias is not None, RESIDUAL=dresidual is not None, **_meta(width, launch),
+                    GATED=gated, BIAS=bias is not None, TOPS=tops is not None, RESIDUAL=dresidual is not None,
+                    **_meta(width, launch),
                 )  # fmt: skip
             _reduce_kernel[(batch, triton.cdiv(width, REDUCE.columns))](
                 partial, weight, scale, dshift, dscale, dgate, weighted, chunks, scale.stride(0),
                 GATED=gated, SUMS=sums, D=width, BLOCK=REDUCE.columns, **REDUCE.options(2),
             )  # fmt: skip
+    if tops is not None:
+        column_tops(parts, tops.columns, count=True)
     dbias = x.new_empty(0)
     if bias is not None:
         dbias = column_sums(partial.view(1, batch * chunks, sums, width)[:, :, 3])[0].to(bias)
@@ -525,17 +560,21 @@ def _offline() -> list[OfflineCase]:
     )
     cases = []
     for kind in ("*bf16", "*fp32"):
-        for gated, bias in ((False, False), (True, False), (True, True)):
-            block = _meta(1152, GATED_FORWARD if gated else FORWARD) | {"GATED": gated}
-            types = signature(kind, "x y gate weight shift scale residual out", "tokens chunks " + forward_strides)
-            types["eps"] = "fp32"
-            if not bias:
-                cases.append(OfflineCase(_forward_kernel, types, block, divisible=tuple(forward_strides.split())))
-            pointers = "x y gate weight scale dresidual dout dx dy"
-            types = signature(kind, pointers, "tokens chunks " + backward_strides, "partial") | {"eps": "fp32"}
-            block = _meta(1152, BACKWARD if not gated else BIAS_BACKWARD if bias else GATED_BACKWARD)
-            block |= {"GATED": gated, "BIAS": bias, "RESIDUAL": gated}
+        pointers = "x y gate weight shift scale residual out top"
+        types = signature(kind, pointers, "tokens chunks " + forward_strides, "row_top") | {"eps": "fp32"}
+        for gated, launch in ((False, FORWARD), (True, GATED_FORWARD)):
+            block = _meta(1152, launch) | {"GATED": gated, "TOPS": False}
+            cases.append(OfflineCase(_forward_kernel, types, block, divisible=tuple(forward_strides.split())))
+        pointers = "x y gate weight scale dresidual dout dx dy top"
+        types = signature(kind, pointers, "tokens chunks " + backward_strides, "partial row_top") | {"eps": "fp32"}
+        for gated, bias, launch in (
+            (False, False, BACKWARD),
+            (True, False, GATED_BACKWARD),
+            (True, True, BIAS_BACKWARD),
+        ):
+            block = _meta(1152, launch) | {"GATED": gated, "BIAS": bias, "TOPS": False, "RESIDUAL": gated}
             cases.append(OfflineCase(_backward_kernel, types, block, divisible=tuple(backward_strides.split())))
+        for gated, bias in ((False, False), (True, False), (True, True)):
             types = signature(kind, "weight scale dshift dscale dgate", "chunks scale_b", "partial dweight")
             block = {"GATED": gated, "SUMS": 2 + gated + bias, "D": 1152, "BLOCK": REDUCE.columns, **REDUCE.options(2)}
             cases.append(OfflineCase(_reduce_kernel, types, block, divisible=("scale_b",)))

@@ -4,7 +4,8 @@ With s the largest magnitude of a row (a column) over 448: ``cast = round(x / s)
 
 A tensor that is needed both ways is read twice: one pass casts its rows and finds the largest magnitude of each column,
 the next writes its columns, transposed, since the products read both factors along the axis that they sum over.  Where
-the operation that made it has found the largest magnitudes (``swiglu``), one pass casts it both ways.
+the operation that made it has found the largest magnitudes (``tops``), one pass casts it both ways, and can sum its
+columns.  A number above its largest magnitude, which a wrong hint could cause, becomes NaN.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail
+from .column_sums import column_sums
 from .reference import FP8, FP8_MULTIPLE
 from .swiglu import backward_with_tops, forward_with_tops
+from .tops import Tops, column_tops, hint_size, split_hint
 
 ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
 COLUMNS = Launch(rows=256, columns=64, warps=8)
 BOTH = Launch(rows=128, columns=128, warps=8)
-TOPS = Launch(rows=128, columns=32, warps=4)
 
 
 @triton.jit
@@ -66,17 +68,6 @@ def _cast_rows_kernel(
 
 
 @triton.jit
-def _tops_kernel(part_ptr, out_ptr, parts, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.arange(0, ROWS)
-    top = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, parts, ROWS):
-        place = part_ptr + (start + row).to(tl.int64)[:, None] * C + column[None, :]
-        top = tl.maximum(top, tl.load(place, (start + row < parts)[:, None] & (column < C)[None, :], 0.0))
-    tl.store(out_ptr + column, tl.max(top, 0), column < C)
-
-
-@triton.jit
 def _cast_columns_kernel(
     x_ptr, top_ptr, out_ptr, scale_ptr, rows, x_row, out_row,
     C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -96,18 +87,57 @@ def _cast_columns_kernel(
 
 
 @triton.jit
-def _cast_both_kernel(
-    x_ptr, row_top_ptr, top_ptr, out_ptr, scale_ptr, columns_ptr, divisor_ptr, rows, x_row, columns_row,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+def _find_tops_kernel(
+    x_ptr, count_ptr, row_top_ptr, part_ptr, rows, x_row,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Largest magnitudes of the rows, and of the columns in parts, unless the hint has them: its count is one."""
+    if tl.load(count_ptr) != 1.0:
+        c0 = tl.arange(0, HEAD)[None, :]
+        c1 = HEAD + tl.arange(0, TAIL)[None, :]
+        top0 = tl.zeros([ROWS, HEAD], tl.float32)
+        top1 = tl.zeros([ROWS, TAIL], tl.float32)
+        for start in range(0, CHUNK, ROWS):
+            row = tl.program_id(0) * CHUNK + start + tl.arange(0, ROWS)
+            inside = (row < rows)[:, None]
+            source = x_ptr + row.to(tl.int64)[:, None] * x_row
+            x0 = tl.abs(tl.load(source + c0, inside, 0.0).to(tl.float32))
+            x1 = tl.abs(tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32))
+            tl.store(row_top_ptr + row, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)), row < rows)
+            top0 = tl.maximum(top0, x0)
+            top1 = tl.maximum(top1, x1)
+        part = part_ptr + tl.program_id(0).to(tl.int64) * C
+        tl.store(part + tl.arange(0, HEAD), tl.max(top0, 0))
+        column = HEAD + tl.arange(0, TAIL)
+        tl.store(part + column, tl.max(top1, 0), column < C)
+
+
+@triton.jit
+def _cast_both_kernel(
+    x_ptr, row_top_ptr, top_ptr, count_ptr, found_row_ptr, found_top_ptr,
+    out_ptr, scale_ptr, columns_ptr, divisor_ptr, sum_ptr, rows, x_row, columns_row,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    HINTED: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """HINTED: the magnitudes are those of the hint if its count is one, otherwise the found ones.  SUMS: partial sums
+    of the columns, one for each block of rows."""
     blocks: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(0) // blocks
     row = block * ROWS + tl.arange(0, ROWS)
     part = tl.arange(0, PADDED)[None, :]
-    tops = tl.load(row_top_ptr + row[:, None] * PARTS + part, (row < rows)[:, None] & (part < PARTS), 0.0)
-    scale, inverse = _scale(tl.max(tops, 1))
-    divisor, reciprocal = _scale(tl.load(top_ptr + column, column < C, 0.0))
+    given_rows, given_columns = rows, C
+    if HINTED:  # all or none
+        given_rows = tl.where(tl.load(count_ptr) == 1.0, rows, 0)
+        given_columns = tl.where(tl.load(count_ptr) == 1.0, C, 0)
+    given = (row < given_rows)[:, None] & (part < PARTS)
+    row_top = tl.max(tl.load(row_top_ptr + row.to(tl.int64)[:, None] * PARTS + part, given, 0.0), 1)
+    top = tl.load(top_ptr + column, column < given_columns, 0.0)
+    if HINTED:
+        row_top = tl.maximum(row_top, tl.load(found_row_ptr + row, (row < rows) & (row >= given_rows), 0.0))
+        top = tl.maximum(top, tl.load(found_top_ptr + column, (column < C) & (column >= given_columns), 0.0))
+    scale, inverse = _scale(row_top)
+    divisor, reciprocal = _scale(top)
     if tl.program_id(0) % blocks == 0:
         tl.store(scale_ptr + row, scale, row < rows)
     if block == 0:
@@ -115,10 +145,15 @@ def _cast_both_kernel(
     inside = (row < rows)[:, None] & (column < C)[None, :]
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :], inside, 0.0).to(tl.float32)
     kind: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + row.to(tl.int64)[:, None] * C + column[None, :], (x * inverse[:, None]).to(kind), inside)
-    y = tl.trans((x * reciprocal[None, :]).to(kind))
+    size = tl.abs(x)
+    by_row = tl.where(size > row_top[:, None], float("nan"), x * inverse[:, None])
+    by_column = tl.where(size > top[None, :], float("nan"), x * reciprocal[None, :])
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * C + column[None, :], by_row.to(kind), inside)
+    y = tl.trans(by_column.to(kind))
     target = columns_ptr + column.to(tl.int64)[:, None] * columns_row + row[None, :]
     tl.store(target, y, (column < C)[:, None] & (row < columns_row)[None, :])
+    if SUMS:
+        tl.store(sum_ptr + block.to(tl.int64) * C + column, tl.sum(x, 0), column < C)
 
 
 def _check(x: Tensor) -> None:
@@ -153,16 +188,8 @@ def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
                 x, out, scale, parts, len(x), x.stride(0), TOPS=tops, **meta, **ROWS.options(4)
             )
         if tops:
-            _largest(parts, top)
+            column_tops(parts, top)
     return out, scale, top
-
-
-def _largest(parts: Tensor, top: Tensor) -> None:
-    """top [C] = the largest of parts [P, C]."""
-    count, width = parts.shape
-    _tops_kernel[(triton.cdiv(width, TOPS.columns),)](
-        parts, top, count, C=width, ROWS=TOPS.rows, COLUMNS=TOPS.columns, **TOPS.options(4)
-    )
 
 
 @_cast_rows.register_fake
@@ -212,28 +239,84 @@ def cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     return _cast_columns(x, top)
 
 
-def cast_both(x: Tensor, row_parts: Tensor, parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``cast_rows`` and ``cast_columns`` of x [M, C] in one pass; a launcher for use inside other operators.
-
-    row_parts [M, P] and parts [Q, C], float32: the largest of P are a row's largest magnitude, those of Q a column's.
-    """
-    (out, scale, top), (columns, divisor) = _empty_rows(x, True), _empty_columns(x)
+def _launch_both(
+    x: Tensor, tops: Tops, count: Tensor | None = None, found: Tops | None = None, sums: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x cast both ways, and the sums of its columns in float32 (empty without ``sums``)."""
+    (out, scale, _), (columns, divisor) = _empty_rows(x, False), _empty_columns(x)
     rows, wide = BOTH.rows, BOTH.columns
+    blocks = triton.cdiv(len(x), rows)
+    partial = x.new_empty((blocks if sums else 0, x.shape[1]), dtype=torch.float32)
     if len(x):
+        unused = scale
         with on_device(x):
-            _largest(parts, top)
-            _cast_both_kernel[(triton.cdiv(len(x), rows) * triton.cdiv(x.shape[1], wide),)](
-                x, row_parts, top, out, scale, columns, divisor, len(x), x.stride(0), columns.stride(0),
-                C=x.shape[1], ROWS=rows, COLUMNS=wide, PARTS=row_parts.shape[1],
-                PADDED=triton.next_power_of_2(row_parts.shape[1]), **BOTH.options(4),
+            _cast_both_kernel[(blocks * triton.cdiv(x.shape[1], wide),)](
+                x, tops.rows, tops.columns, unused if count is None else count, *(found or (unused, unused)),
+                out, scale, columns, divisor, partial, len(x), x.stride(0), columns.stride(0),
+                C=x.shape[1], ROWS=rows, COLUMNS=wide, PARTS=tops.rows.shape[1],
+                PADDED=triton.next_power_of_2(tops.rows.shape[1]), HINTED=count is not None, SUMS=sums,
+                **BOTH.options(4),
             )  # fmt: skip
-    return out, scale, columns, divisor
+    return out, scale, columns, divisor, column_sums(partial[None])[0] if sums else partial[:, 0]
+
+
+def _largest(x: Tensor, parts: Tensor) -> Tensor:
+    top = x.new_empty(x.shape[1], dtype=torch.float32)
+    column_tops(parts, top)
+    return top
+
+
+@torch.library.custom_op("fastasync::cast_both", mutates_args=())
+def _cast_both(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x)
+    check_tensor("rows", rows, (torch.float32,), (len(x), -1), x.device)
+    check_tensor("columns", columns, (torch.float32,), x.shape[1:], x.device)
+    return _launch_both(x, Tops(rows, columns))[:4]
+
+
+@_cast_both.register_fake
+def _(x: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_empty_rows(x, False)[:2], *_empty_columns(x)
+
+
+def cast_both(x: Tensor, tops: Tops) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``cast_rows`` and ``cast_columns`` of x [M, C] in one pass, by the largest magnitudes of its rows and columns."""
+    return _cast_both(x, *tops)
+
+
+@torch.library.custom_op("fastasync::cast_hinted", mutates_args=())
+def cast_hinted(x: Tensor, hint: Tensor, parts: int, sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``cast_both`` of x [M, C] by the gradient of a hint (``tops``), and with ``sums`` its columns' sums, float32 [C].
+
+    A hint that is not of the whole x costs one more pass over x.
+    """
+    _check(x)
+    check_tensor("hint", hint, (torch.float32,), (hint_size(len(x), x.shape[1], parts),), x.device)
+    if not len(x):
+        out, scale, columns, divisor, _ = _launch_both(x, split_hint(hint, 0, parts)[0])
+        return out, scale, columns, divisor, x.new_zeros(x.shape[1] if sums else 0, dtype=torch.float32)
+    tops, count = split_hint(hint, len(x), parts)
+    meta = _rows_meta(x.shape[1])
+    programs = triton.cdiv(len(x), meta["CHUNK"])
+    found = Tops(*(x.new_empty(size, dtype=torch.float32) for size in x.shape))
+    partial = x.new_empty((programs, x.shape[1]))
+    with on_device(x):
+        _find_tops_kernel[(programs,)](x, count, found.rows, partial, len(x), x.stride(0), **meta, **ROWS.options(4))
+    column_tops(partial, found.columns, count)
+    return _launch_both(x, tops, count, found, sums)
+
+
+@cast_hinted.register_fake
+def _(x: Tensor, hint: Tensor, parts: int, sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty(x.shape[1] if sums else 0, dtype=torch.float32)
+    return *_empty_rows(x, False)[:2], *_empty_columns(x), total
 
 
 @torch.library.custom_op("fastasync::swiglu_cast", mutates_args=())
 def swiglu_cast(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``swiglu`` of packed [M, 2 F] in fp8, both ways: what ``cast_rows`` and ``cast_columns`` give."""
-    return cast_both(*forward_with_tops(packed))
+    out, rows, parts = forward_with_tops(packed)
+    return _launch_both(out, Tops(rows, _largest(out, parts)))[:4]
 
 
 @swiglu_cast.register_fake
@@ -246,7 +329,7 @@ def _(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def swiglu_backward_cast(dout: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """packed's gradient [M, 2 F] in fp8, both ways, and its sum over the rows, float32 [2 F]."""
     dpacked, total, row_parts, parts = backward_with_tops(dout, packed, with_bias=True)
-    return *cast_both(dpacked, row_parts, parts), total
+    return *_launch_both(dpacked, Tops(row_parts, _largest(dpacked, parts)))[:4], total
 
 
 @swiglu_backward_cast.register_fake
@@ -267,19 +350,19 @@ def _offline() -> list[OfflineCase]:
             signature |= {"top_ptr": "*fp32", "out_row": "i32"}
             meta = {"C": width, "ROWS": COLUMNS.rows, "COLUMNS": COLUMNS.columns}
             cases.append(OfflineCase(_cast_columns_kernel, signature, meta, COLUMNS.warps, ("x_row", "out_row")))
-        signature = dict.fromkeys(("out_ptr", "columns_ptr"), "*fp8e4nv") | {
-            "x_ptr": kind,
-            "rows": "i32",
-            "x_row": "i32",
-        }
-        signature |= dict.fromkeys(("row_top_ptr", "top_ptr", "scale_ptr", "divisor_ptr"), "*fp32") | {
-            "columns_row": "i32"
-        }
-        meta = {"C": 6144, "ROWS": BOTH.rows, "COLUMNS": BOTH.columns, "PARTS": 3, "PADDED": 4}
-        cases.append(OfflineCase(_cast_both_kernel, signature, meta, BOTH.warps, ("x_row", "columns_row")))
-    signature = {"part_ptr": "*fp32", "out_ptr": "*fp32", "parts": "i32"}
-    meta = {"C": 1152, "ROWS": TOPS.rows, "COLUMNS": TOPS.columns}
-    return [*cases, OfflineCase(_tops_kernel, signature, meta, TOPS.warps)]
+        meta = _rows_meta(1152)
+        signature = {"x_ptr": kind, "part_ptr": kind, "rows": "i32", "x_row": "i32"}
+        signature |= dict.fromkeys(("count_ptr", "row_top_ptr"), "*fp32")
+        cases.append(OfflineCase(_find_tops_kernel, signature, meta, ROWS.warps, ("x_row",)))
+        pointers = ("row_top", "top", "count", "found_row", "found_top", "scale", "divisor", "sum")
+        signature = {f"{name}_ptr": "*fp32" for name in pointers} | {"x_ptr": kind}
+        signature |= dict.fromkeys(("out_ptr", "columns_ptr"), "*fp8e4nv")
+        signature |= dict.fromkeys(("rows", "x_row", "columns_row"), "i32")
+        for width, parts, hinted in ((6144, 3, False), (1152, 4, False), (1152, 4, True), (3456, 12, True)):
+            meta = {"C": width, "ROWS": BOTH.rows, "COLUMNS": BOTH.columns, "PARTS": parts, "HINTED": hinted}
+            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted}
+            cases.append(OfflineCase(_cast_both_kernel, signature, meta, BOTH.warps, ("x_row", "columns_row")))
+    return cases
 
 
 OFFLINE = _offline()

@@ -7,19 +7,27 @@ For x [M, K], weight w [N, K] and g = dL/dy [M, N], with cast and s (the divisor
     dw = (cast(g^T) cast(x^T)^T) s(g^T) s(x^T)^T              columns of g and of x
 
 The casts and products of torchao's row-wise recipe, with sums in float32 (torch._scaled_mm).  torchao leaves the casts
-to the compiler, in several passes each; here each way of casting is one pass over memory (bench/NOTES.md).
+to the compiler, in several passes each; here each way of casting is one pass over memory (bench/NOTES.md).  Between
+operations that find the largest magnitudes of what they write (``tops``), both ways of x and of g are one pass.
 """
 
 from __future__ import annotations
 
 import contextlib
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+
+if TYPE_CHECKING:
+    from .tops import Tops  # imports triton
+
+
+# numbers for each row that adaLN's and QK-norm's backward passes give as its largest magnitude (``tops``)
+ADALN_PARTS, QKNORM_PARTS = 4, 12
 
 
 class Fp8Rows(NamedTuple):
@@ -39,67 +47,131 @@ def product(a: Fp8Rows, b: Fp8Rows, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
+    """With ``parts`` > 0 also the hint, and both ways of g in one pass; with ``tops`` both ways of x."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, triton: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        triton: bool,
+        row_tops: Tensor | None,
+        column_tops: Tensor | None,
+        parts: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ops = _ops(triton)
         flat = _unit_stride(x.flatten(0, -2))
-        x8, sx, top_x = ops.cast_rows(flat, weight.requires_grad)
+        columns: tuple[Tensor | None, Tensor | None] = (None, None)
+        if row_tops is not None and column_tops is not None:
+            x8, sx, *columns = _casts().cast_both(flat, _casts().Tops(row_tops, column_tops))
+        else:
+            x8, sx, top_x = ops.cast_rows(flat, weight.requires_grad)
+            if weight.requires_grad:
+                columns = ops.cast_columns(flat, top_x)
         w8, sw, top_w = ops.cast_rows(weight, x.requires_grad)
         half = None if bias is None else bias.to(torch.bfloat16)
         y = product(Fp8Rows(x8, sx), Fp8Rows(w8, sw), half)
-        columns = ops.cast_columns(flat, top_x) if weight.requires_grad else (None, None)
         ctx.save_for_backward(weight, top_w, *columns)
         ctx.triton, ctx.x_dtype, ctx.bias_dtype = triton, x.dtype, None if bias is None else bias.dtype
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        ctx.parts = parts
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return (y, _new_hint(y, parts)) if parts else y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops = _ops(ctx.triton)
         weight, top_w, xt8, sxt = ctx.saved_tensors
         g = _unit_stride(grads[0].flatten(0, -2))
         dx = dw = dbias = None
-        g8, sg, top_g = ops.cast_rows(g, ctx.needs_input_grad[1])
+        if ctx.parts:
+            g8, sg, *columns, total = _casts().cast_hinted(g, grads[1], ctx.parts, ctx.needs_input_grad[2])
+        else:
+            g8, sg, top_g = ops.cast_rows(g, ctx.needs_input_grad[1])
+            columns = ops.cast_columns(g, top_g) if ctx.needs_input_grad[1] else ()
         if ctx.needs_input_grad[0]:
             dx = product(Fp8Rows(g8, sg), Fp8Rows(*ops.cast_columns(weight, top_w)))
             dx = dx.to(ctx.x_dtype).unflatten(0, grads[0].shape[:-1])
         if ctx.needs_input_grad[1]:
-            dw = product(Fp8Rows(*ops.cast_columns(g, top_g)), Fp8Rows(xt8, sxt)).to(weight.dtype)
+            dw = product(Fp8Rows(*columns), Fp8Rows(xt8, sxt)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            dbias = g.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, dbias, None
+            dbias = (total if ctx.parts else g.sum(0, dtype=torch.float32)).to(ctx.bias_dtype)
+        return dx, dw, dbias, None, None, None, None
 
 
 class _Mlp(torch.autograd.Function):
-    """``w3(swiglu(w12(x)))`` by the kernels: swiglu finds the largest magnitudes of what it writes."""
+    """``w3(swiglu(w12(x)))`` by the kernels: swiglu finds the largest magnitudes of what it writes.
+
+    ``parts`` and ``tops`` as in ``_Linear``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w12: Tensor,
+        b12: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        row_tops: Tensor | None,
+        column_tops: Tensor | None,
+        parts: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ops, casts = _ops(True), _casts()
         flat = _unit_stride(x.flatten(0, -2))
-        x8, sx, top_x = ops.cast_rows(flat, True)
+        if row_tops is not None and column_tops is not None:
+            x8, sx, *columns = casts.cast_both(flat, casts.Tops(row_tops, column_tops))
+        else:
+            x8, sx, top_x = ops.cast_rows(flat, True)
+            columns = ops.cast_columns(flat, top_x)
         w12_8, s12, top_12 = ops.cast_rows(w12, True)
         packed = product(Fp8Rows(x8, sx), Fp8Rows(w12_8, s12), b12.to(torch.bfloat16))
         h8, sh, ht8, sht = casts.swiglu_cast(packed)
         w3_8, s3, top_3 = ops.cast_rows(w3, True)
         y = product(Fp8Rows(h8, sh), Fp8Rows(w3_8, s3), b3.to(torch.bfloat16))
-        ctx.save_for_backward(w12, top_12, w3, top_3, packed, *ops.cast_columns(flat, top_x), ht8, sht)
-        ctx.x_dtype, ctx.bias_dtypes = x.dtype, (b12.dtype, b3.dtype)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(w12, top_12, w3, top_3, packed, *columns, ht8, sht)
+        ctx.x_dtype, ctx.bias_dtypes, ctx.parts = x.dtype, (b12.dtype, b3.dtype), parts
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return (y, _new_hint(y, parts)) if parts else y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, casts = _ops(True), _casts()
         w12, top_12, w3, top_3, packed, xt8, sxt, ht8, sht = ctx.saved_tensors
         g = _unit_stride(grads[0].flatten(0, -2))
-        g8, sg, top_g = ops.cast_rows(g, True)
+        if ctx.parts:
+            g8, sg, *columns, db3 = casts.cast_hinted(g, grads[1], ctx.parts, True)
+        else:
+            g8, sg, top_g = ops.cast_rows(g, True)
+            columns, db3 = ops.cast_columns(g, top_g), g.sum(0, dtype=torch.float32)
         dh = product(Fp8Rows(g8, sg), Fp8Rows(*ops.cast_columns(w3, top_3)))
-        dw3 = product(Fp8Rows(*ops.cast_columns(g, top_g)), Fp8Rows(ht8, sht)).to(w3.dtype)
+        dw3 = product(Fp8Rows(*columns), Fp8Rows(ht8, sht)).to(w3.dtype)
         a8, sa, at8, sat, db12 = casts.swiglu_backward_cast(dh, packed)
         dx = product(Fp8Rows(a8, sa), Fp8Rows(*ops.cast_columns(w12, top_12)))
         dw12 = product(Fp8Rows(at8, sat), Fp8Rows(xt8, sxt)).to(w12.dtype)
-        db3 = g.sum(0, dtype=torch.float32)
         dx = dx.to(ctx.x_dtype).unflatten(0, grads[0].shape[:-1])
-        return dx, dw12, db12.to(ctx.bias_dtypes[0]), dw3, db3.to(ctx.bias_dtypes[1])
+        return dx, dw12, db12.to(ctx.bias_dtypes[0]), dw3, db3.to(ctx.bias_dtypes[1]), None, None, None
+
+
+def _new_hint(y: Tensor, parts: int) -> Tensor:
+    """A linear's second output: nobody reads it, its gradient holds the largest magnitudes of y's (``tops``)."""
+    return y.new_empty(y.numel() // y.shape[-1] * parts + y.shape[-1] + 1, dtype=torch.float32)
+
+
+class _Unhinted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, hint: Tensor) -> Tensor:
+        ctx.size = hint.shape
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0].new_full(ctx.size, 2.0, dtype=torch.float32)
+
+
+def unhinted(y: Tensor, hint: Tensor | None) -> Tensor:
+    """A linear's result y for a reader that gives no magnitudes of its gradient: those of others are then not used."""
+    return y if hint is None else _Unhinted.apply(y, hint)
 
 
 def _unit_stride(g: Tensor) -> Tensor:
@@ -146,7 +218,19 @@ def fp8_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tens
     """
     for weight in (w12, w3):
         _check_sizes(weight)
-    return _Mlp.apply(x, w12, b12, w3, b3)
+    return _Mlp.apply(x, w12, b12, w3, b3, None, None, 0)
+
+
+def fp8_mlp_hinted(
+    x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, tops: Tops | None, parts: int
+) -> tuple[Tensor, Tensor]:
+    """``fp8_mlp`` with x's largest magnitudes where they are known, and a hint for who reads the result (``tops``).
+
+    ``parts``: how many numbers that operation gives for a row of its gradient.  Returns [M, ..., N] and the hint.
+    """
+    for weight in (w12, w3):
+        _check_sizes(weight)
+    return _Mlp.apply(x, w12, b12, w3, b3, *(tops or (None, None)), parts)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bool = True) -> Tensor:
@@ -156,4 +240,13 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bo
     on any device.  Sums are rounded to bf16; gradients have the dtypes of what they are of.
     """
     _check_sizes(weight)
-    return _Linear.apply(x, weight, bias, triton)
+    return _Linear.apply(x, weight, bias, triton, None, None, 0)
+
+
+def fp8_linear_hinted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tops: Tops | None, parts: int
+) -> tuple[Tensor, Tensor]:
+    """``fp8_linear`` by the kernels, with x's largest magnitudes where they are known, and a hint as ``fp8_mlp_hinted``
+    gives.  The weight must require a gradient."""
+    _check_sizes(weight)
+    return _Linear.apply(x, weight, bias, True, *(tops or (None, None)), parts)

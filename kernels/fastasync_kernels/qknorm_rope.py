@@ -32,12 +32,14 @@ from torch import Tensor
 from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 from .column_sums import column_sums
+from .fp8_linear import QKNORM_PARTS
+from .tops import Tops, column_tops, hint_size, split_hint
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
 # samples per program: 12,288 programs backward at B = N = 256, and partial sums of 2 MB; with the sums of a bias, which
 # are 1152 numbers a program, 6,144 programs and 28 MB.  All heads of a token at a time
 FORWARD = BACKWARD = Launch(chunk=16, stages=3)
-BIAS_BACKWARD = Launch(chunk=32, stages=3)
+BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=32, stages=3)
 
 
 @triton.jit
@@ -130,6 +132,14 @@ def _forward_kernel(
 
 
 @triton.jit
+def _row_tops(size0, size1, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """The largest of all heads in four parts [4]: with up to four warps none waits for another."""
+    part0 = tl.max(tl.reshape(size0, [4, ROWS * HEAD // 4]), 1)
+    part1 = tl.max(tl.reshape(size1, [4, ROWS * TAIL // 4]), 1)
+    return tl.maximum(part0, part1)
+
+
+@triton.jit
 def _backward_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -142,6 +152,8 @@ def _backward_kernel(
     dqkv_ptr,
     partial_ptr,
     bias_partial_ptr,
+    row_top_ptr,
+    top_ptr,
     batch,
     tokens,
     qkv_b,
@@ -157,6 +169,7 @@ def _backward_kernel(
     DV_H: tl.constexpr,
     DV_N: tl.constexpr,
     BIAS: tl.constexpr,
+    TOPS: tl.constexpr,
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -178,6 +191,10 @@ def _backward_kernel(
     if BIAS:
         bias0 = tl.zeros([ROWS, HEAD], tl.float32)
         bias1 = tl.zeros([ROWS, TAIL], tl.float32)
+    if TOPS:
+        top0 = tl.zeros([ROWS, HEAD], tl.float32)
+        top1 = tl.zeros([ROWS, TAIL], tl.float32)
+        row_top_ptr += token.to(tl.int64) * 12 + part * 4 + tl.arange(0, 4)
 
     if part == 2:
         incoming = dv_ptr + token.to(tl.int64) * DV_N + row * DV_H
@@ -191,6 +208,13 @@ def _backward_kernel(
             if BIAS:
                 bias0 += g0.to(tl.float32)
                 bias1 += g1.to(tl.float32)
+            if TOPS:
+                size0 = tl.abs(g0.to(tl.float32))
+                size1 = tl.abs(g1.to(tl.float32))
+                place = row_top_ptr + tl.cast(sample, tl.int64) * tokens * 12
+                tl.store(place, _row_tops(size0, size1, ROWS, HEAD, TAIL))
+                top0 = tl.maximum(top0, size0)
+                top1 = tl.maximum(top1, size1)
     else:
         if part == 0:
             weight_ptr = q_weight_ptr
@@ -237,11 +261,20 @@ def _backward_kernel(
             dx0 = tl.reshape(tl.join(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean)), [ROWS, HEAD])
             dx1 = tl.reshape(tl.join(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean)), [ROWS, TAIL])
             out_row = target + sample * packed
-            tl.store(out_row + low, dx0.to(kind), here)
-            tl.store(out_row + high, dx1.to(kind), inside)
+            rounded0 = dx0.to(kind)
+            rounded1 = dx1.to(kind)
+            tl.store(out_row + low, rounded0, here)
+            tl.store(out_row + high, rounded1, inside)
             if BIAS:
                 bias0 += dx0
                 bias1 += dx1
+            if TOPS:
+                size0 = tl.abs(rounded0.to(tl.float32))
+                size1 = tl.abs(rounded1.to(tl.float32))
+                place = row_top_ptr + tl.cast(sample, tl.int64) * tokens * 12
+                tl.store(place, _row_tops(size0, size1, ROWS, HEAD, TAIL))
+                top0 = tl.maximum(top0, size0)
+                top1 = tl.maximum(top1, size1)
         # partial sums [2 (q, k), programs of that part, DH]
         share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
         partial = partial_ptr + share.to(tl.int64)
@@ -253,6 +286,10 @@ def _backward_kernel(
         bias_row = bias_partial_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
         tl.store(bias_row + low, bias0, here)
         tl.store(bias_row + high, bias1, inside)
+    if TOPS:  # in the same order
+        top_row = top_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
+        tl.store(top_row + low, top0, here)
+        tl.store(top_row + high, top1, inside)
 
 
 def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
@@ -340,22 +377,44 @@ def _backward_op(
     bias: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dqkv, the gradients of both norms' weights [2, Dh] in float32, and the bias's (empty without its dtype)."""
+    return launch_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, heads, eps, bias)
+
+
+def launch_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    bias: torch.dtype | None,
+    tops: Tops | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward operator's results; what ``tops`` holds is written, dqkv's largest magnitudes, and a one after."""
     batch, tokens, packed = qkv.shape
     width = packed // (3 * heads)
     dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
     dqkv = qkv.new_empty(qkv.shape)
-    launch = BACKWARD if bias is None else BIAS_BACKWARD
+    launch = TOPS_BACKWARD if tops is not None else BACKWARD if bias is None else BIAS_BACKWARD
     programs = tokens * triton.cdiv(batch, launch.chunk)
     partial = qkv.new_empty((2, programs, width), dtype=torch.float32)
     bias_partial = qkv.new_empty((0 if bias is None else programs, packed), dtype=torch.float32)
+    rows, parts = (qkv, qkv) if tops is None else (tops.rows, qkv.new_empty((programs, packed)))
     if programs:
         with on_device(qkv):
             _backward_kernel[(3 * programs,)](
-                qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, bias_partial, batch, tokens,
+                qkv, q_weight, k_weight, cos, sin, dq, dk, dv, dqkv, partial, bias_partial, rows, parts, batch, tokens,
                 qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
-                DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, **_meta(heads, width, 8, launch),
+                DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, TOPS=tops is not None,
+                **_meta(heads, width, 8, launch),
             )  # fmt: skip
+    if tops is not None:
+        column_tops(parts, tops.columns, count=True)
     dbias = qkv.new_empty(0) if bias is None else column_sums(bias_partial[None])[0].to(bias)
     return dqkv, column_sums(partial), dbias
 
@@ -378,15 +437,53 @@ def _(
     return qkv.new_empty(qkv.shape), qkv.new_empty((2, *q_weight.shape), dtype=torch.float32), dbias
 
 
+@torch.library.custom_op("fastasync::qknorm_rope_backward_hint", mutates_args=())
+def _backward_hint_op(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dqkv, the gradients of both norms' weights, and dqkv's largest magnitudes as a hint (``tops``)."""
+    batch, tokens, packed = qkv.shape
+    hint = qkv.new_empty(hint_size(batch * tokens, packed, QKNORM_PARTS), dtype=torch.float32)
+    tops = split_hint(hint, batch * tokens, QKNORM_PARTS)[0]
+    return *launch_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, heads, eps, None, tops)[:2], hint
+
+
+@_backward_hint_op.register_fake
+def _(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hint = qkv.new_empty(hint_size(qkv.shape[0] * qkv.shape[1], qkv.shape[2], QKNORM_PARTS), dtype=torch.float32)
+    return qkv.new_empty(qkv.shape), qkv.new_empty((2, *q_weight.shape), dtype=torch.float32), hint
+
+
 class _QKNormRope(torch.autograd.Function):
     """Joins the two operators.  Not ``register_autograd``: v is a view of qkv, which an operator may not return, and
     its gradient has to reach the backward operator instead of becoming a second tensor of qkv's size."""
 
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias):
+    def forward(ctx, qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias, hint):
         q, k = _forward_op(qkv, q_weight, k_weight, cos, sin, heads, eps, layout)
         ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
         ctx.heads, ctx.eps, ctx.bias = heads, eps, None if bias is None else bias.dtype
+        ctx.hinted = hint is not None
         batch, tokens, packed = qkv.shape
         v = qkv.view(batch, tokens, 3, heads, packed // (3 * heads))[:, :, 2].transpose(1, 2)
         return q, k, v
@@ -394,10 +491,14 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
-        key = (ctx.heads, ctx.eps, ctx.bias)
-        dqkv, dweights, dbias = _backward_op(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, *key)
+        inputs = (dq, dk, dv, qkv, q_weight, k_weight, cos, sin, ctx.heads, ctx.eps)
+        dhint = None
+        if ctx.hinted:
+            dqkv, dweights, dhint = _backward_hint_op(*inputs)
+        else:
+            dqkv, dweights, dbias = _backward_op(*inputs, ctx.bias)
         dq_weight, dk_weight = dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype)
-        return dqkv, dq_weight, dk_weight, *[None] * 5, None if ctx.bias is None else dbias
+        return dqkv, dq_weight, dk_weight, *[None] * 5, None if ctx.bias is None else dbias, dhint
 
 
 def qknorm_rope(
@@ -411,6 +512,7 @@ def qknorm_rope(
     layout: str = "bnhd",
     *,
     bias: Tensor | None = None,
+    hint: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed qkv [B, N, 3 heads Dh] (order q, k, v; then heads; then Dh) -> q, k, v, each of shape [B, heads, N, Dh].
 
@@ -419,14 +521,20 @@ def qknorm_rope(
     FlashAttention family reads, and the order of qkv itself) or "bhnd".  v is a view of qkv, not a copy; writing to it
     in place is an error under autograd.  The last axis of qkv must be contiguous, its others may have any stride.
     ``bias`` [3 heads Dh] (qkv's dtype or float32): its gradient, the sum of dqkv over samples and tokens, is returned,
-    its values are not read: pass it when the linear that made qkv used ``bias.detach()``.
+    its values are not read: pass it when the linear that made qkv used ``bias.detach()``.  ``hint``: of the linear in
+    fp8 that made qkv, with ``QKNORM_PARTS`` parts a row, in the place of a bias (``tops``).
     TypeError for a dtype, ValueError for a shape, stride, device or layout that the kernel does not take.
     """
     if bias is not None:
         check_tensor("bias", bias, (torch.float32, qkv.dtype), qkv.shape[-1:], qkv.device)
+    if hint is not None:
+        if bias is not None:
+            raise ValueError("bias and hint: a linear in fp8 that is given a hint sums its bias's gradient itself")
+        size = hint_size(qkv.shape[0] * qkv.shape[1], qkv.shape[2], QKNORM_PARTS)
+        check_tensor("hint", hint, (torch.float32,), (size,), qkv.device)
     if k_weight is q_weight:  # torch.compile of 2.11 drops a gradient of an argument given twice; 2.13 refuses it
         k_weight = k_weight.view_as(k_weight)
-    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps, layout, bias, hint)
 
 
 def _offline() -> list[OfflineCase]:
@@ -447,11 +555,17 @@ def _offline() -> list[OfflineCase]:
         signature |= dict.fromkeys(strides, "i32") | {
             "partial_ptr": "*fp32",
             "bias_partial_ptr": "*fp32",
+            "row_top_ptr": "*fp32",
+            "top_ptr": kind,
             "eps": "fp32",
         }
         orders = {"DQ_H": 72, "DQ_N": 1152, "DK_H": 72, "DK_N": 1152, "DV_H": 72, "DV_N": 1152}
-        for bias, launch in ((False, BACKWARD), (True, BIAS_BACKWARD)):
-            block = _meta(16, 72, 8, launch) | orders | {"BIAS": bias}
+        for bias, tops, launch in (
+            (False, False, BACKWARD),
+            (True, False, BIAS_BACKWARD),
+            (False, True, TOPS_BACKWARD),
+        ):
+            block = _meta(16, 72, 8, launch) | orders | {"BIAS": bias, "TOPS": tops}
             cases.append(OfflineCase(_backward_kernel, signature, block, divisible=strides))
     return cases
 
