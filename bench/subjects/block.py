@@ -40,7 +40,7 @@ def run(bench: Bench) -> None:
                 torch.autocast(bench.device.type, dtype, enabled=dtype is not torch.float32),
                 torch.set_grad_enabled(backward),
             ):
-                stream, branch, last = function(x, y, gate, condition, cos, sin, ops)
+                stream, branch, last, _ = function(x, y, gate, None, condition, cos, sin, ops)
                 out = stream + last[:, None] * branch
             if backward:
                 torch.autograd.grad(out, [x, y, gate, condition, *block.parameters()], dout)

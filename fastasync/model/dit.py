@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
 from fastasync_kernels import weight_gradient
-from fastasync_kernels.fp8_linear import Fp8Rows, fp8_linear, fp8_mlp, frozen_linear
+from fastasync_kernels.fp8_linear import (
+    ADALN_PARTS,
+    QKNORM_PARTS,
+    Fp8Rows,
+    fp8_linear,
+    fp8_linear_hinted,
+    fp8_mlp_hinted,
+    frozen_linear,
+    unhinted,
+)
 from torch import Tensor, nn
 
 from fastasync.errors import UserError
@@ -63,6 +72,8 @@ class Ops(NamedTuple):
     gated_rmsnorm_modulate: Callable[..., Any]
     qknorm_rope: Callable[..., Any]
     swiglu: Callable[..., Any]
+    rmsnorm_modulate_tops: Callable[..., Any] | None  # the two for linears in fp8 (fastasync_kernels.tops): the
+    gated_rmsnorm_modulate_tops: Callable[..., Any] | None  # reference has none
     sum_bias: bool  # whether they give the gradients of the biases added before them, at almost no cost
     attention: str
 
@@ -77,7 +88,7 @@ def select_ops(kernels: str, device: torch.device, attention: str = "sdpa") -> O
         chosen = fastasync_kernels.select(kind, device)
     except fastasync_kernels.KernelUnavailable as error:
         raise UserError("model.kernels", kernels, str(error)) from error
-    functions = {name: getattr(chosen, name) for name in Ops._fields[:-2]}
+    functions: dict[str, Any] = {name: getattr(chosen, name, None) for name in Ops._fields[:-2]}
     return Ops(**functions, sum_bias=chosen.__name__.endswith("triton_ops"), attention=attention)
 
 
@@ -120,20 +131,57 @@ class Linear(BlockLinear):
         return self.product(x, self.bias.detach() if detach_bias else self.bias)
 
 
-def project(linear: nn.Linear, x: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
-    """``linear(x)``, and its bias if the next fused operation is to return the bias's gradient (otherwise None).
+def hinted(linear: nn.Linear, ops: Ops) -> bool:
+    """Whether a linear takes largest magnitudes of its input, and gives a hint (fastasync_kernels.tops): in fp8, by the
+    kernels, in training."""
+    kernels = ops.gated_rmsnorm_modulate_tops is not None and getattr(linear, "fp8", None) == "triton"
+    return kernels and torch.is_grad_enabled() and linear.weight.requires_grad
+
+
+def project(
+    linear: nn.Linear, x: Tensor, ops: Ops, parts: int = 0, tops: Any = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``linear(x)``, its bias if the next fused operation is to return the bias's gradient, and its hint (or None).
 
     A bias's gradient is a sum over all rows: PyTorch reads the whole tensor again for it, a kernel that writes the
-    tensor does not.
+    tensor does not, and the cast of a ``hinted`` linear does not either.  ``parts``: that the next operation gives for
+    a row, 0 if it takes no hint; ``tops``: x's largest magnitudes, if known.
     """
+    if parts and hinted(linear, ops):
+        y, hint = fp8_linear_hinted(x, linear.weight, linear.bias, tops, parts)
+        return y, None, hint
     if ops.sum_bias and isinstance(linear, Linear) and torch.is_grad_enabled():
-        return linear(x, detach_bias=True), linear.bias
-    return linear(x), None
+        return linear(x, detach_bias=True), linear.bias, None
+    return linear(x), None, None
+
+
+def modulated(
+    ops: Ops,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    hint: Tensor | None,
+    norm: tuple[Tensor, Tensor, Tensor],
+    tops: bool,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Any]:
+    """``x + gate y`` (x where there is no y), the same normed and modulated, and with ``tops`` the latter's largest
+    magnitudes, otherwise None.
+
+    norm: its weight [width], shift and scale [B, width]; bias and hint: what ``project`` gave with y.
+    """
+    if y is None:
+        if tops and ops.rmsnorm_modulate_tops is not None:
+            return x, *ops.rmsnorm_modulate_tops(x, *norm)
+        return x, ops.rmsnorm_modulate(x, *norm), None
+    if ops.gated_rmsnorm_modulate_tops is not None and (tops or hint is not None) and bias is None:
+        return ops.gated_rmsnorm_modulate_tops(x, y, gate, *norm, hint=hint, tops=tops)
+    return *ops.gated_rmsnorm_modulate(x, y, gate, *norm, bias=bias), None
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention with QK-norm over each head and RoPE: h [B, N, width] -> [B, N, width], and its last bias
-    (see ``project``)."""
+    and hint (see ``project``)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -143,12 +191,16 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(width // heads)
         self.proj = Linear(width, width)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, ops: Ops) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, ops: Ops, tops: Any = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         # q, k and v lie in memory as [B, N, heads, Dh]: every fused backend reads that and writes the same, no copies
-        packed, bias = project(self.qkv, h, ops)
+        packed, bias, hint = project(self.qkv, h, ops, QKNORM_PARTS, tops)
         weights = self.q_norm.weight, self.k_norm.weight
-        q, k, v = ops.qknorm_rope(packed, *weights, cos, sin, self.heads, bias=bias)
-        return project(self.proj, kernels_attention.attention(q, k, v, ops.attention).transpose(1, 2).flatten(2), ops)
+        given = {"bias": bias} if hint is None else {"hint": hint}
+        q, k, v = ops.qknorm_rope(packed, *weights, cos, sin, self.heads, **given)
+        mixed = kernels_attention.attention(q, k, v, ops.attention).transpose(1, 2).flatten(2)
+        return project(self.proj, mixed, ops, ADALN_PARTS)
 
 
 def hidden_width(width: int, multiple: int = 1) -> int:
@@ -157,7 +209,7 @@ def hidden_width(width: int, multiple: int = 1) -> int:
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width]."""
+    """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width], and its hint or None."""
 
     def __init__(self, width: int, multiple: int = 1):
         super().__init__()
@@ -165,18 +217,23 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(width, 2 * hidden)
         self.w3 = BlockLinear(hidden, width)
 
-    def forward(self, h: Tensor, ops: Ops) -> Tensor:
-        if self.w12.fp8 == self.w3.fp8 == "triton" and torch.is_grad_enabled():
-            return fp8_mlp(h, self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias)
-        packed, bias = project(self.w12, h, ops)
-        return self.w3(ops.swiglu(packed, bias=bias))
+    def hinted(self, ops: Ops) -> bool:
+        return hinted(self.w12, ops) and hinted(self.w3, ops)
+
+    def forward(self, h: Tensor, ops: Ops, tops: Any = None) -> tuple[Tensor, Tensor | None]:
+        if self.hinted(ops):
+            weights = self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
+            return fp8_mlp_hinted(h, *weights, tops, ADALN_PARTS)
+        packed, bias, _ = project(self.w12, h, ops)
+        return self.w3(ops.swiglu(packed, bias=bias)), None
 
 
 class Block(nn.Module):
-    """adaLN transformer block.  It carries (x, y, gate), which stands for the residual stream ``x + gate y``.
+    """adaLN transformer block.  It carries (x, y, gate, hint), of which the first three stand for the residual stream
+    ``x + gate y``, and the hint is what y's linear gave besides y in fp8 (``project``), otherwise None.
 
-    Inputs: x [B, N, width]; y and gate ([B, N, width], [B, width]) the previous block's last branch, or both None;
-    condition [B, width]; RoPE tables cos, sin [N, Dh].  Returns the same triple for the next block.
+    Inputs: x [B, N, width]; y and gate ([B, N, width], [B, width]) the previous block's last branch, or both None, and
+    its hint; condition [B, width]; RoPE tables cos, sin [N, Dh].  Returns the same four for the next block.
     ``recompute`` says what the backward pass computes again (fastasync.model.recompute).
     """
 
@@ -189,22 +246,29 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.recompute = "none"
 
-    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.compute(*inputs)
         return recomputed(self.recompute, self.compute, *inputs)
 
     def compute(
-        self, x: Tensor, y: Tensor | None, gate: Tensor | None, condition: Tensor, cos: Tensor, sin: Tensor, ops: Ops
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        hint: Tensor | None,
+        condition: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ops: Ops,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
-        if y is None:
-            h = ops.rmsnorm_modulate(x, self.norm1.weight, shift1, scale1)
-        else:
-            x, h = ops.gated_rmsnorm_modulate(x, y, gate, self.norm1.weight, shift1, scale1)
-        y, bias = self.attn(h, cos, sin, ops)
-        x, h = ops.gated_rmsnorm_modulate(x, y, gate1, self.norm2.weight, shift2, scale2, bias=bias)
-        return x, self.mlp(h, ops), gate2
+        norm1, norm2 = (self.norm1.weight, shift1, scale1), (self.norm2.weight, shift2, scale2)
+        x, h, tops = modulated(ops, x, y, gate, hint, norm1, hinted(self.attn.qkv, ops))
+        y, bias, hint = self.attn(h, cos, sin, ops, tops)
+        x, h, tops = modulated(ops, x, y, gate1, hint, norm2, self.mlp.hinted(ops), bias)
+        y, hint = self.mlp(h, ops, tops)
+        return x, y, gate2, hint
 
 
 class FinalLayer(nn.Module):
@@ -216,9 +280,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, y: Tensor, gate: Tensor, condition: Tensor, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, gate: Tensor, hint: Tensor | None, condition: Tensor, ops: Ops) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(ops.gated_rmsnorm_modulate(x, y, gate, self.norm_final.weight, shift, scale)[1])
+        return self.linear(modulated(ops, x, y, gate, hint, (self.norm_final.weight, shift, scale), tops=False)[1])
 
 
 class LightningDiT(nn.Module):
@@ -381,12 +445,13 @@ class LightningDiT(nn.Module):
         stream = stream + self.pos_embed.to(stream.dtype)
         branch: Tensor | None = None
         gate: Tensor | None = None
+        hint: Tensor | None = None
         repa: Tensor | None = None
         for index, block in enumerate(self.blocks, start=1):
-            stream, branch, gate = block(stream, branch, gate, condition, cos, sin, ops)
+            stream, branch, gate, hint = block(stream, branch, gate, hint, condition, cos, sin, ops)
             if return_repa and index == self.repa_depth:
-                repa = self._project(stream + gate[:, None] * branch)
-        v = unpatchify(self.final_layer(stream, branch, gate, condition, ops), self.patch, sum(self.channels))
+                repa = self._project(stream + gate[:, None] * unhinted(branch, hint))
+        v = unpatchify(self.final_layer(stream, branch, gate, hint, condition, ops), self.patch, sum(self.channels))
         v = v.to(torch.promote_types(v.dtype, torch.float32))
         return v if repa is None else (v, repa)
 

@@ -7,13 +7,15 @@ import pickle
 import fastasync_kernels
 import pytest
 import torch
+from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp
 
 from fastasync.config import Model, Train
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT
-from fastasync.model.dit import ATTENTION
+from fastasync.model import LightningDiT, dit
+from fastasync.model.dit import ATTENTION, BlockLinear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective, Times, stratified
+from fastasync.training import build as build_module
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,6 +109,48 @@ def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled
     for block in other.blocks if compiled else ():
         block.compile(backend="aot_eager", fullgraph=True)
     assert_same(outputs(other, other, inputs), expected)
+
+
+@pytest.fixture
+def fp8(build, batch, monkeypatch):
+    """Results of two blocks whose linears are in fp8; on request with all casts in two passes, without hints."""
+
+    def run(hints=True, compiled=False, recompute="none"):
+        model = build(2, repa_width=12, repa_depth=1, kernels="triton", grid=2, depth=2, width=48).to(DEVICE)
+        build_module.use_fp8(model, torch.device(DEVICE), emulate=True)
+        assert {linear.fp8 for linear in model.modules() if isinstance(linear, BlockLinear)} == {"triton"}
+        if not hints:
+            monkeypatch.setattr(dit, "fp8_linear_hinted", lambda x, *rest: (fp8_linear(x, *rest[:2]), None))
+            monkeypatch.setattr(dit, "fp8_mlp_hinted", lambda x, *rest: (fp8_mlp(x, *rest[:4]), None))
+        model.set_recompute(recompute)
+        for block in model.blocks if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        return outputs(model, model, batch(model))
+
+    return run
+
+
+def assert_equal_but_for_summed_biases(ours, expected):
+    """The biases of a hinted linear are summed by its cast, in another order, after the gradient is rounded."""
+    for name, value in expected.items():
+        if name.endswith(("qkv.bias", "proj.bias", "w12.bias", "w3.bias")):
+            assert_same({name: ours[name]}, {name: value})
+        else:
+            assert torch.equal(ours[name], value), name
+
+
+def test_fp8_with_hints_gives_the_gradients_without(fp8):
+    """REPA reads the first block's result beside the second block, and its gradient is added to the hinted one."""
+    assert_equal_but_for_summed_biases(fp8(), fp8(hints=False))
+
+
+@pytest.mark.parametrize(("compiled", "recompute"), [(True, "none"), (True, "selective"), (False, "full")])
+def test_fp8_with_hints_compiled_and_recomputed(fp8, compiled, recompute):
+    torch._dynamo.utils.counters.clear()
+    assert_same(fp8(compiled=compiled, recompute=recompute), fp8())
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert not compiled or counters["stats"]["unique_graphs"] == 2
 
 
 def kept_bytes(model, inputs):
