@@ -291,10 +291,15 @@ class Sweep:
         return lines
 
 
+def wanted(direction: str, only: str) -> bool:
+    """Whether ``--only`` means this direction."""
+    return direction in only.split(";") if ";" in only else only in direction
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="bench.tune", description=__doc__.splitlines()[0])
     top.add_argument("--kernels", default="adaln,qknorm_rope,swiglu")
-    top.add_argument("--only", default="", help="directions that contain this, as the table names them")
+    top.add_argument("--only", default="", help="directions that contain this; several in full, with ; between")
     top.add_argument("--seconds", type=float, default=540, help="the whole sweep's limit (default 540)")
     top.add_argument("--rounds", type=int, default=12)
     top.add_argument("--out", type=Path, help="the CSV (default tune/<device>.csv in $OUT, or in bench/results)")
@@ -326,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = device_name(torch.device("cuda")) if mode == "gpu" else mode
     sweep = Sweep(mode, options.out or folder / "tune" / f"{name}.csv", options.seconds, options.rounds)
     lines = []
-    chosen = [target for target in targets(sweep.size, names) if options.only in target.direction]
+    chosen = [target for target in targets(sweep.size, names) if wanted(target.direction, options.only)]
     for index, target in enumerate(chosen):
         if sweep.left() < 5:
             lines.append(f"{target.name:34s} not begun: out of time")

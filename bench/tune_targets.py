@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from fastasync_kernels import adaln, qknorm_rope, reference, swiglu
+from fastasync_kernels import adaln, adaln_tops, qknorm_rope, reference, swiglu
+from fastasync_kernels.fp8_linear import ADALN_PARTS
+from fastasync_kernels.tops import Tops, hint_size
 from torch import Tensor
 
 from bench.harness import with_backward
@@ -112,15 +114,21 @@ def _adaln(size: dict[str, int]) -> dict[str, Target]:
             found["reduce"] = Knob("REDUCE", ("columns",), (64, 128, 256, 512))
         return found
 
-    def target(direction: str, constant: str, gated: bool, bias: bool, backward: bool) -> Target:
+    def target(
+        direction: str, constant: str, gated: bool, bias: bool, backward: bool, magnitudes: bool = False
+    ) -> Target:
         def inputs(draw: Draw, batch: int) -> Sequence[Any]:
             t = tensors(draw, batch)
             second, gate = (t["y"], t["gate"]) if gated else (None, None)
+            found = []
+            if magnitudes:  # one number more than columns: the backward pass writes a one there
+                rows = draw(batch * tokens, ADALN_PARTS, dtype=torch.float32)
+                found = [Tops(rows, draw(width + 1, dtype=torch.float32)[:-1])]
             if not backward:
-                return [t["x"], second, gate, t["weight"], t["shift"], t["scale"], EPS]
+                return [t["x"], second, gate, t["weight"], t["shift"], t["scale"], EPS, *found]
             dtype = torch.float32 if bias else None
             last = t["dresidual"] if gated else None
-            return [t["x"], second, gate, t["weight"], t["scale"], last, t["dout"], EPS, dtype]
+            return [t["x"], second, gate, t["weight"], t["scale"], last, t["dout"], EPS, dtype, *found]
 
         def proof(draw: Draw, batch: int) -> Sequence[Any]:
             t = tensors(draw, batch, backward)
@@ -138,15 +146,26 @@ def _adaln(size: dict[str, int]) -> dict[str, Target]:
             return with_backward(function) if backward else function
 
         planes = {(False, False): 2, (False, True): 3, (True, False): 4, (True, True): 6}[gated, backward]
-        limits = (None, 64, 80) if not backward else (None, 128, 168) if gated else (None, 80, 96, 128)  # others spill
+        limits = (
+            (None, 64, 80) if not backward else (None, 120, 128, 144, 168) if gated else (None, 80, 96, 128)
+        )  # others spill
         return Target(
             *("adaln", direction, adaln, knobs(constant, backward, limits), inputs),
             adaln._launch_backward if backward else adaln._launch_forward,
-            *(proof, of(reference), of(adaln)),
+            *(proof, of(reference), of(with_magnitudes if magnitudes else adaln)),
             lambda batch, itemsize: planes * batch * tokens * width * itemsize,
         )
 
+    with_magnitudes = SimpleNamespace(
+        rmsnorm_modulate=lambda *a: adaln_tops.rmsnorm_modulate_tops(*a)[0],
+        gated_rmsnorm_modulate=lambda *a: adaln_tops.gated_rmsnorm_modulate_tops(
+            *a, hint=a[0].new_empty(hint_size(a[0].shape[0] * tokens, width, ADALN_PARTS), dtype=torch.float32)
+        )[:2],
+    )
     return {
+        "tops bwd": target("gated backward, magnitudes", "TOPS_BACKWARD", True, False, True, True),
+        "tops gated fwd": target("gated forward, magnitudes", "TOPS_GATED_FORWARD", True, False, False, True),
+        "tops fwd": target("forward, magnitudes", "TOPS_FORWARD", False, False, False, True),
         "bwd": target("backward", "BACKWARD", False, False, True),
         "gated bwd bias": target("gated backward, bias", "BIAS_BACKWARD", True, True, True),
         "gated bwd": target("gated backward", "GATED_BACKWARD", True, False, True),
