@@ -26,7 +26,7 @@ from .tops import Tops, column_tops, hint_size, split_hint
 
 ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
 COLUMNS = Launch(rows=256, columns=64, warps=8)
-BOTH = Launch(rows=128, columns=128, warps=8)
+BOTH = Launch(rows=64, columns=64, warps=2)
 
 
 @triton.jit
