@@ -25,8 +25,10 @@ from .swiglu import backward_with_tops, forward_with_tops
 from .tops import Tops, column_tops, hint_size, split_hint
 
 ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
+PROGRAMS = 512  # that cast rows, at least: four for each multiprocessor of an H100 or H200
 COLUMNS = Launch(rows=256, columns=64, warps=8)
-BOTH = Launch(rows=64, columns=64, warps=2)
+BOTH = Launch(rows=64, columns=128, warps=4)
+HINTED = Launch(rows=64, columns=64, warps=2)
 
 
 @triton.jit
@@ -168,18 +170,19 @@ def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scale, x.new_empty(x.shape[1] if tops else 0, dtype=torch.float32)
 
 
-def _rows_meta(width: int) -> dict[str, Any]:
+def _rows_meta(width: int, count: int = 65536) -> dict[str, Any]:
     head, tail = head_and_tail(width)
     rows = max(1, ROWS.columns // (head + tail))
     rows = 1 << (rows.bit_length() - 1)
-    return {"C": width, "HEAD": head, "TAIL": tail, "CHUNK": max(ROWS.chunk, rows), "ROWS": rows}
+    few = triton.next_power_of_2(triton.cdiv(count, PROGRAMS))  # a weight has few rows: a program for each few of them
+    return {"C": width, "HEAD": head, "TAIL": tail, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
 
 
 @torch.library.custom_op("fastasync::cast_rows", mutates_args=())
 def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
     out, scale, top = _empty_rows(x, tops)
-    width, meta = x.shape[1], _rows_meta(x.shape[1])
+    width, meta = x.shape[1], _rows_meta(x.shape[1], len(x))
     programs = triton.cdiv(len(x), meta["CHUNK"])
     parts = x.new_empty((programs, width) if tops else 0, dtype=torch.float32)
     with on_device(x):
@@ -244,7 +247,8 @@ def _launch_both(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x cast both ways, and the sums of its columns in float32 (empty without ``sums``)."""
     (out, scale, _), (columns, divisor) = _empty_rows(x, False), _empty_columns(x)
-    rows, wide = BOTH.rows, BOTH.columns
+    launch = BOTH if count is None else HINTED
+    rows, wide = launch.rows, launch.columns
     blocks = triton.cdiv(len(x), rows)
     partial = x.new_empty((blocks if sums else 0, x.shape[1]), dtype=torch.float32)
     if len(x):
@@ -255,7 +259,7 @@ def _launch_both(
                 out, scale, columns, divisor, partial, len(x), x.stride(0), columns.stride(0),
                 C=x.shape[1], ROWS=rows, COLUMNS=wide, PARTS=tops.rows.shape[1],
                 PADDED=triton.next_power_of_2(tops.rows.shape[1]), HINTED=count is not None, SUMS=sums,
-                **BOTH.options(4),
+                **launch.options(4),
             )  # fmt: skip
     return out, scale, columns, divisor, column_sums(partial[None])[0] if sums else partial[:, 0]
 
@@ -296,7 +300,7 @@ def cast_hinted(x: Tensor, hint: Tensor, parts: int, sums: bool) -> tuple[Tensor
         out, scale, columns, divisor, _ = _launch_both(x, split_hint(hint, 0, parts)[0])
         return out, scale, columns, divisor, x.new_zeros(x.shape[1] if sums else 0, dtype=torch.float32)
     tops, count = split_hint(hint, len(x), parts)
-    meta = _rows_meta(x.shape[1])
+    meta = _rows_meta(x.shape[1], len(x))
     programs = triton.cdiv(len(x), meta["CHUNK"])
     found = Tops(*(x.new_empty(size, dtype=torch.float32) for size in x.shape))
     partial = x.new_empty((programs, x.shape[1]))
@@ -359,9 +363,10 @@ def _offline() -> list[OfflineCase]:
         signature |= dict.fromkeys(("out_ptr", "columns_ptr"), "*fp8e4nv")
         signature |= dict.fromkeys(("rows", "x_row", "columns_row"), "i32")
         for width, parts, hinted in ((6144, 3, False), (1152, 4, False), (1152, 4, True), (3456, 12, True)):
-            meta = {"C": width, "ROWS": BOTH.rows, "COLUMNS": BOTH.columns, "PARTS": parts, "HINTED": hinted}
+            launch = HINTED if hinted else BOTH
+            meta = {"C": width, "ROWS": launch.rows, "COLUMNS": launch.columns, "PARTS": parts, "HINTED": hinted}
             meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted}
-            cases.append(OfflineCase(_cast_both_kernel, signature, meta, BOTH.warps, ("x_row", "columns_row")))
+            cases.append(OfflineCase(_cast_both_kernel, signature, meta, launch.warps, ("x_row", "columns_row")))
     return cases
 
 
