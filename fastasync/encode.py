@@ -106,7 +106,6 @@ def encode(
     device: str | torch.device = "cpu",
     backend: str = "auto",
     workers: int | None = None,
-    fancy_upsampling: bool = False,
     progress: bool = True,
 ) -> EncodeReport:
     """Encode all images of ``source``, in its order, into shards of ``shard_size`` images.
@@ -123,7 +122,7 @@ def encode(
         dtype: of the stored latents: float32, float16 or bfloat16.  Statistics are those of the stored values.
         features: also store REPA's features (float16; for ImageNet at 256 tokens of width 768, 0.5 TB a view).
         device: where the representations run; images arrive there.
-        backend, workers, fancy_upsampling: of the image loader (see ``open_images``).
+        backend, workers: of the image loader (see ``open_images``).
 
     Raises UserError, before any image is read where that is possible: bad arguments, more ranks than shards, a folder
     of another encoding, no permission, not enough disk; later: an image that cannot be decoded, latents that are not
@@ -154,7 +153,7 @@ def encode(
             unit="img",
             disable=not progress,
         ) as bar:
-            loader = {"backend": backend, "workers": workers, "fancy_upsampling": fancy_upsampling}
+            loader = {"backend": backend, "workers": workers}
             clock = _make(source, bundle, out, encoding, wanted, batch, features, device, loader, bar)
         counts = len(wanted), len(mine) - len(wanted), finish(out, encoding), encoding.left_out
         return EncodeReport(*counts, *clock)
@@ -368,7 +367,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--skip-bad", type=Path, metavar="LIST", help="leave out the files of this list")
     parser.add_argument("--backend", default="auto", help="image loader: auto, dali or pil")
     parser.add_argument("--workers", type=int, help="threads of the image loader")
-    parser.add_argument("--fancy-upsampling", action="store_true", help="DALI on a GPU: chroma as Pillow, slower")
     parser.add_argument("--device", help="default: this rank's GPU if there is one")
     parser.add_argument("--rank", type=int, help="default: RANK or SLURM_PROCID of the environment, else 0")
     parser.add_argument("--world", type=int, help="default: WORLD_SIZE or SLURM_NTASKS of the environment, else 1")
@@ -407,7 +405,6 @@ def encode_command(arguments: argparse.Namespace) -> int:
         device=device,
         backend=arguments.backend,
         workers=arguments.workers,
-        fancy_upsampling=arguments.fancy_upsampling,
     )
     left_out = f", {report.left_out} bad files left out" if report.left_out else ""
     state = f"{report.missing} are for other ranks" if report.missing else f"all finished: {arguments.out / INDEX}"

@@ -441,15 +441,7 @@ def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, m
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command("encode", tree, "--out", out, *SMALL, *names) == 0
     assert "2 shards made, 0 kept; 2 are for other ranks" in capsys.readouterr().out
-    chosen = []
-
-    def opened(*arguments, **options):
-        chosen.append(options["fancy_upsampling"])
-        return open_images(*arguments, **options)
-
-    monkeypatch.setattr(encode_module, "open_images", opened)
-    assert command("encode", tree, "--out", out, *SMALL, *names, "--rank", 0, "--fancy-upsampling") == 0
-    assert chosen == [True]
+    assert command("encode", tree, "--out", out, *SMALL, *names, "--rank", 0) == 0
     said = capsys.readouterr().out
     assert "2 shards made, 0 kept; all finished" in said
     assert "after the first batch, of which it waited" in said

@@ -151,7 +151,7 @@ def files(source: ImageSource, setting: Setting, device: torch.device) -> Iterat
 
 def variants() -> list[Variant]:
     """In order of importance in a limited time."""
-    ours, fancy = Form(), Form(fancy=True)
+    ours, fancy = Form(fancy=False), Form()
     first = Variant("before, pipeline", other_pipeline(before(True), fancy))
     return [
         first,

@@ -53,16 +53,13 @@ def open_images(
     batches: Iterable[Tensor] | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,
-    fancy_upsampling: bool = False,
 ) -> ImageLoader:
     """A loader of this rank's batches; see ImageLoader for the arguments that it shares.
 
     Either ``batches`` (index tensors, for instance of ``batch_indices``, without end if need be), or ``order`` (int64,
     default: the source's), ``rank``, ``world`` and ``start`` for ``shard_batches``.  ``backend``: ``pil``, ``dali``, or
     ``auto``, which is DALI where there are a CUDA device and the package, else Pillow.  ``device``: by default the
-    current CUDA device for DALI if there is one, else the CPU.  ``fancy_upsampling``: DALI on a GPU interpolates
-    subsampled chroma as Pillow does, without the JPEG engines (see dali_loader.py); on a CPU it always does.  Raises
-    UserError.
+    current CUDA device for DALI if there is one, else the CPU.  Raises UserError.
     """
     if backend not in BACKENDS:
         raise unknown_name("image loader", backend, BACKENDS)
@@ -74,10 +71,10 @@ def open_images(
         backend = "dali" if cuda and _has_dali() else "pil"
     if backend == "pil":
         return PilLoader(source, size, batches, batch, workers, device or "cpu")
-    from fastasync.images.dali_loader import DaliLoader, Form
+    from fastasync.images.dali_loader import DaliLoader
 
     device = device or ("cuda" if cuda else "cpu")
-    return DaliLoader(source, size, batches, batch, workers, device, Form(fancy=fancy_upsampling))
+    return DaliLoader(source, size, batches, batch, workers, device)
 
 
 def _has_dali() -> bool:

@@ -5,13 +5,17 @@ image.  What it would read by other rules than Pillow (anything but grey and YCb
 PPM.  The crop is ADM's up to rounding: DALI's antialiased cubic filter is Pillow's with unrounded intermediates, its
 decoder the same libjpeg-turbo on the CPU and nvJPEG on the GPU.
 
-nvJPEG has two ways to bring subsampled chroma to full size.  Repeating it lets the JPEG engines of the GPU decode;
-interpolating it as libjpeg-turbo does (``fancy_upsampling``) leaves the Huffman codes of every image to the CPU.
+nvJPEG has two ways to bring subsampled chroma to full size: repeating it, and interpolating it as libjpeg-turbo does,
+which is as fast and nearer to Pillow (bench/NOTES.md).
+
+Reading files and their headers is Python, one thread at a time: with many threads that have nothing to wait for, they
+and the pipeline wait for each other.  So as many read as the first files show to be waiting for the disk.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +29,8 @@ from fastasync.images.loader import ImageBatch, ImageLoader, read_ahead
 from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
+GPU_THREADS = 16  # of DALI beside a GPU, at most: 64 were slower (bench/NOTES.md)
+PROBED, BUSY = 32, 2e-4  # files that are read first; seconds for one of them by a thread that waits for nothing
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
 
 
@@ -36,7 +42,7 @@ class Form(NamedTuple):
     the start (0: they grow).  ``halving``: whether images twice too large are halved first, as ADM does it.
     """
 
-    fancy: bool = False
+    fancy: bool = True
     hw_load: float = 0.9
     depth: int = 2
     hint: int = 0
@@ -164,7 +170,7 @@ def build(feeds: Iterator[Feed], size: int, batch: int, threads: int, device: to
 class DaliLoader(ImageLoader):
     """See ImageLoader; needs the extra ``dali``.  On a CUDA device the images are decoded and stay there.
 
-    ``form``: how DALI is used; ``Form(fancy=True)`` is nearest to Pillow on a GPU.
+    ``form``: how DALI is used.
     """
 
     backend = "dali"
@@ -184,7 +190,11 @@ class DaliLoader(ImageLoader):
         self.form = form
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        ahead = read_ahead(self.batches, self._files, self.workers)
+        batches = iter(self.batches)
+        first = next(batches, None)
+        if first is None:
+            return
+        ahead = read_ahead(itertools.chain([first], batches), self._files, self.readers(first))
         pending: deque[tuple[Tensor, Feed]] = deque()  # keeps alive what DALI reads without copying
 
         def feeds() -> Iterator[Feed]:
@@ -194,7 +204,8 @@ class DaliLoader(ImageLoader):
 
         take = _Taker(self.device)
         try:
-            pipeline = build(feeds(), self.size, self.batch, self.workers, self.device, self.form)
+            threads = min(self.workers, GPU_THREADS) if self.device.type == "cuda" else self.workers
+            pipeline = build(feeds(), self.size, self.batch, threads, self.device, self.form)
             while True:
                 try:
                     (crops,) = pipeline.run()
@@ -207,6 +218,13 @@ class DaliLoader(ImageLoader):
                 yield self._labelled(take(crops), indices)
         finally:
             ahead.close()
+
+    def readers(self, indices: Tensor) -> int:
+        """Threads that read: one, or as many as reading the first of these files keeps waiting."""
+        few = indices[:PROBED].tolist()
+        start = time.perf_counter()
+        self._files(few)
+        return min(self.workers, max(1, round((time.perf_counter() - start) / (BUSY * len(few)))))
 
     def _files(self, indices: list[int]) -> list[Encoded]:
         files = []

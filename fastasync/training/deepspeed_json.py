@@ -64,15 +64,15 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
 def _reduction(stage: int, world: int) -> dict[str, Any]:
     """How stages 1 and 2 reduce gradients; a user's JSON may say otherwise.
 
-    Of several ranks: while the backward pass still runs, in buckets of 200 MB, so that what is left after it is short
-    (DeepSpeed's own of 2 GB would hold most of XL), and without the copies that its reduce_scatter makes although it
-    reduces everything everywhere.  Of one rank: every large gradient where it lies, in no bucket.
+    Of several ranks: in buckets of 2 GB, and without the copies that DeepSpeed's reduce_scatter makes although it
+    reduces everything everywhere.  Beside the backward pass (overlap_comm, smaller buckets) it was slower (XL on two
+    H200: 419 against 416 ms, bench/NOTES.md).  Of one rank: every large gradient where it lies, in no bucket.
     """
     if stage not in (1, 2):
         return {}
     if world == 1:
         return {"contiguous_gradients": False, "reduce_bucket_size": 2**20}
-    return {"overlap_comm": True, "reduce_scatter": False, "reduce_bucket_size": 50_000_000}
+    return {"overlap_comm": False, "reduce_scatter": False, "reduce_bucket_size": 500_000_000}
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, prefix: str) -> None:

@@ -1,12 +1,14 @@
 """The DALI loader against the Pillow one, on the CPU."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastasync.errors import UserError
-from fastasync.images import open_images, open_source, transforms
+from fastasync.images import dali_loader, open_images, open_source, transforms
 from fastasync.images.dali_loader import Encoded, feed_of
 
 pytest.importorskip("nvidia.dali")
@@ -54,19 +56,18 @@ def test_crops_are_pillows_up_to_rounding(photo_folder, size, decibels):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("fancy", [False, True])
 @pytest.mark.parametrize("size", [256, 128])
-def test_crops_on_the_gpu(photo_folder, odd_files, size, fancy):
+def test_crops_on_the_gpu(photo_folder, odd_files, size):
     for name, data in odd_files.items():
         (photo_folder / "class" / name).write_bytes(data)
     source = open_source(photo_folder)
     expected, _ = load(source, size, "pil")
-    batches = list(open_images(source, size, 4, workers=2, fancy_upsampling=fancy))
+    batches = list(open_images(source, size, 4, workers=2))
     found = torch.cat([batch.images for batch in batches])
     assert found.device.type == "cuda"
     values = [psnr(*pair) for pair in zip(found.cpu(), expected)]
     print(f"PSNR on the GPU to {size}: {min(values):.2f} to {max(values):.2f} dB")
-    assert min(values) > 40  # nvJPEG's inverse cosine transform is not libjpeg-turbo's; not measured yet
+    assert min(values) > 40  # nvJPEG's inverse cosine transform is not libjpeg-turbo's
 
 
 @pytest.mark.parametrize("size", [64, 100])
@@ -152,10 +153,16 @@ def test_bad_files_are_named(tree):
         load(source, 32, "dali")
 
 
-def test_the_choice_of_upsampling(tree):
-    source, options = open_source(tree), {"backend": "dali", "device": "cpu"}
-    assert not open_images(source, 32, 4, **options).form.fancy
-    assert open_images(source, 32, 4, **options, fancy_upsampling=True).form.fancy
+def test_as_many_threads_read_as_the_disk_keeps_waiting(tree, monkeypatch):
+    loader = open_images(open_source(tree), 32, 4, "dali", device="cpu", workers=8)
+    indices = torch.arange(4)
+    monkeypatch.setattr(dali_loader, "BUSY", 0.05)
+    assert loader.readers(indices) == 1
+    read = loader._files
+    monkeypatch.setattr(loader, "_files", lambda indices: (time.sleep(0.2 * len(indices)), read(indices))[1])
+    assert 4 <= loader.readers(indices) <= 6
+    monkeypatch.setattr(dali_loader, "BUSY", 0.01)
+    assert loader.readers(indices) == 8
 
 
 def test_a_loader_can_be_left_and_started_again(tree):

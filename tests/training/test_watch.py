@@ -134,12 +134,12 @@ def test_the_json_follows_the_fields(tiny, tmp_path):
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (24, 2)
     assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (3, 0.5)
     assert made["zero_optimization"]["stage"] == 2
-    assert made["zero_optimization"]["overlap_comm"]
+    assert not made["zero_optimization"]["overlap_comm"]
     assert made["timers"] == {"throughput": {"enabled": False}}
     alone = deepspeed_json(tiny(train=dict(zero=1)), 1)["zero_optimization"]
     assert alone == {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": 2**20}
-    mine = {"zero_optimization": {"overlap_comm": False}}
-    assert not deepspeed_json(with_json(tiny, tmp_path, mine, zero=2), 2)["zero_optimization"]["overlap_comm"]
+    mine = {"zero_optimization": {"overlap_comm": True}}
+    assert deepspeed_json(with_json(tiny, tmp_path, mine, zero=2), 2)["zero_optimization"]["overlap_comm"]
     mine = {
         "zero_optimization": {"stage": "auto", "overlap_comm": False},
         "train_batch_size": "auto",
