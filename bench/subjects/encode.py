@@ -54,7 +54,13 @@ def run(bench: Bench) -> None:
             if bench.time_is_up(f"encode, networks in {precision}"):
                 continue
             bundle = bundle_of(weights, size, grid, precision)
-            networks(bench, bundle, images, precision)
+            bundle.to(bench.device)
+            distance = ""
+            try:
+                distance = latent_distance(bundle, source, size, min(batch, 64), bench.device)
+            except UserError as error:  # no DALI
+                bench.skip("encode, latent distance", str(error))
+            networks(bench, bundle, images, precision, distance)
             if not bench.time_is_up(f"encode, whole in {precision}"):
                 whole(bench, bundle, source, Path(folder) / precision, batch, precision)
         if (Path(folder) / PRECISIONS[-1]).exists() and not bench.time_is_up("encode, online REPA"):
@@ -128,9 +134,22 @@ def once(milliseconds: float) -> Summary:
     return summarize([milliseconds])
 
 
-def networks(bench: Bench, bundle: Bundle, images: Tensor, precision: str) -> None:
+@torch.no_grad()
+def latent_distance(bundle: Bundle, source: ImageSource, size: int, count: int, device: torch.device) -> str:
+    """How far the latents of DALI's crops are from those of Pillow's, relative to the latter's size; in words."""
+    crops = [
+        next(iter(open_images(source, size, count, backend, device=where))).images.to(device)
+        for backend, where in (("dali", device), ("pil", "cpu"))
+    ]
+    found = []
+    for part in bundle.representations:
+        ours, theirs = (part.encode(images).float() for images in crops)
+        found.append(f"{part.name} {float((ours - theirs).norm() / theirs.norm()):.2%}")
+    return f"latents of DALI's crops to those of Pillow's: {', '.join(found)}"
+
+
+def networks(bench: Bench, bundle: Bundle, images: Tensor, precision: str, note: str) -> None:
     """Each network on one view of a batch that is on the device."""
-    bundle.to(bench.device)
     texture, semantic = bundle.representations
     assert isinstance(semantic, DinoSemantic)
     features = semantic.vit(images)
@@ -144,7 +163,8 @@ def networks(bench: Bench, bundle: Bundle, images: Tensor, precision: str) -> No
         times = bench.interleaved(calls, rounds=min(bench.rounds, CALLS))
     shape = str(list(images.shape))
     for name, values in times.items():
-        bench.add("encode", "stage", name, shape, precision, summarize(values), images=len(images), note="one view")
+        text = f"one view; {note}" if note and name.startswith("all") else "one view"
+        bench.add("encode", "stage", name, shape, precision, summarize(values), images=len(images), note=text)
 
 
 def whole(bench: Bench, bundle: Bundle, source: ImageSource, out: Path, batch: int, precision: str) -> None:
