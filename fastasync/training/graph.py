@@ -7,6 +7,7 @@ kernels draw their noise.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -91,9 +92,17 @@ class GraphedStep:
 
     def _record(self, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         graph = torch.cuda.CUDAGraph()
-        # records, and runs nothing; a loader's thread may use CUDA meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = run()
+        # what the garbage collector ends (an older recording, say) may call the device, which would end this recording
+        gc.collect()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            # records, and runs nothing; a loader's thread may use CUDA meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = run()
+        finally:
+            if collecting:
+                gc.enable()
 
         def replay() -> tuple[Tensor, ...]:
             graph.replay()
