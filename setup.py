@@ -115,7 +115,7 @@ setup(
     extras_require={
         "fid": ["torch-fidelity==0.4.*", "torchvision"],
         "kernels": ["triton>=3.6,<3.8"],
-        "deepspeed": ["deepspeed>=0.19"],
+        "deepspeed": ["deepspeed>=0.19.7"],
         "dali": ["nvidia-dali-cuda130==2.4.*"],
         "imagenet": ["diffusers", "timm", "torchvision"],
         "wandb": ["wandb"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics as numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -225,12 +226,15 @@ class Rates:
 
 def relative_cost(study: Study, spec: Spec) -> float:
     """FLOPs of a step of this network, in steps of the base network."""
+    usual = Spec("synchronous", 0)
+    sized = replace(usual, size=spec.size, representations=spec.representations)
+    return _step_flops(study.config(sized)) / _step_flops(study.config(usual))
 
-    def flops(config: Config) -> int:
-        with torch.device("meta"):
-            return train_flops(build_model(config))
 
-    return flops(study.config(spec)) / flops(study.config(Spec(spec.schedule, 0)))
+@functools.cache
+def _step_flops(config: Config) -> int:
+    with torch.device("meta"):
+        return train_flops(build_model(config))
 
 
 def measured_rates(ledger: Ledger, hardware: str, assumed: Rates) -> Rates:

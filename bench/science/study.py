@@ -232,18 +232,25 @@ def work(
         ready = [job for job in left if job.runnable]
         rates = measured_rates(ledger, workshop.hardware, assumed)
         room = math.inf if limit is None else limit - (time.perf_counter() - start)
-        ready = [job for job in ready if seconds(job, ledger, workshop, rates) <= room]
+        if limit is not None:
+            ready = [job for job in ready if seconds(job, ledger, workshop, rates) <= room]
         if worker.failures >= FAILURES:
             return left
+        done_meanwhile = False
         for job in ready:
             with locked(workshop.claim(_key(job)), wait=False) as ours:
-                if not ours or not _still_missing(ledger, job):
+                if not ours:
+                    continue
+                if not _still_missing(ledger, job):
+                    done_meanwhile = True
                     continue
                 expected, began = seconds(job, ledger, workshop, rates), time.perf_counter()
                 worker.run(job)
             say(f"{job}: {time.perf_counter() - began:.0f} s (expected {expected:.0f}); {len(left) - 1} jobs left")
             break
         else:
+            if done_meanwhile and room > 0:
+                continue  # which may have made other jobs ready
             if room <= 0 or not any(_in_other_hands(workshop, job) for job in left):
                 return left
             time.sleep(WAIT)  # what another process finishes may make more jobs ready

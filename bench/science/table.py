@@ -55,7 +55,8 @@ class Table:
         self.refresh()
 
     def refresh(self) -> None:
-        """The rows that the file holds now: other processes add to it."""
+        """The rows that the file holds now: other processes add to it, and people remove some."""
+        self.rows = {}
         if not self.path.exists():
             return
         with open(self.path, newline="") as stream:

@@ -9,11 +9,12 @@ nvJPEG has two ways to bring subsampled chroma to full size: repeating it, and i
 which is as fast and nearer to Pillow (bench/NOTES.md).
 
 Reading files and their headers is Python, one thread at a time: with many threads that have nothing to wait for, they
-and the pipeline wait for each other.  So as many read as the first files show to be waiting for the disk.
+and the pipeline wait for each other.  So as many read as some files show to be waiting for the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -24,13 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastasync.errors import require
+from fastasync.errors import UserError, require
 from fastasync.images.loader import ImageBatch, ImageLoader, read_ahead
 from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
 GPU_THREADS = 16  # of DALI beside a GPU, at most: 64 were slower (bench/NOTES.md)
-PROBED, BUSY = 32, 2e-4  # files that are read first; seconds for one of them by a thread that waits for nothing
+PROBED, BUSY = (
+    32,
+    2e-4,
+)  # files that are read to see how fast the disk is; seconds for one of them by a thread that waits for nothing
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
 
 
@@ -194,12 +198,12 @@ class DaliLoader(ImageLoader):
         first = next(batches, None)
         if first is None:
             return
-        ahead = read_ahead(itertools.chain([first], batches), self._files, self.readers(first))
+        ahead = read_ahead(itertools.chain([first], batches), self._files, self.readers())
         pending: deque[tuple[Tensor, Feed]] = deque()  # keeps alive what DALI reads without copying
 
         def feeds() -> Iterator[Feed]:
             for indices, files in ahead:
-                pending.append((indices, feed_of(files, self.size)))
+                pending.append((indices, feed_of(files, self.size, HALVINGS if self.form.halving else 0)))
                 yield pending[-1][1]
 
         take = _Taker(self.device)
@@ -219,12 +223,14 @@ class DaliLoader(ImageLoader):
         finally:
             ahead.close()
 
-    def readers(self, indices: Tensor) -> int:
-        """Threads that read: one, or as many as reading the first of these files keeps waiting."""
-        few = indices[:PROBED].tolist()
+    def readers(self) -> int:
+        """Threads that read: one, or as many as reading some files, spread over all of them, keeps waiting."""
+        few = torch.linspace(0, len(self.source) - 1, min(PROBED, len(self.source))).long().tolist()
         start = time.perf_counter()
-        self._files(few)
-        return min(self.workers, max(1, round((time.perf_counter() - start) / (BUSY * len(few)))))
+        for index in few:
+            with contextlib.suppress(OSError, UserError):  # if it is asked for, the batch it belongs to says so
+                self.source.read(index)
+        return min(self.workers, max(1, round((time.perf_counter() - start) / (BUSY * max(1, len(few))))))
 
     def _files(self, indices: list[int]) -> list[Encoded]:
         files = []

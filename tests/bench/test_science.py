@@ -369,6 +369,29 @@ def test_processes_share_the_work(finished, monkeypatch, tmp_path):
     assert done == ["power:2", "synchronous"]
 
 
+def test_what_another_process_has_just_finished_is_planned_on(finished, monkeypatch, tmp_path):
+    """It finished the first job between our plan and our claim, and that makes the second one ready."""
+    _, _, workshop, _ = finished
+    ledger, elsewhere = Ledger(TINY, [0], tmp_path), Ledger(TINY, [0], tmp_path)
+    worker = study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None)
+    points = ((40, ("heun2",)),)
+    first, second = (TrainJob(Spec(name, 100), points) for name in TINY.fixed)
+
+    def jobs(ledger, _):
+        return [first] if ledger.missing(first) else [first, second]
+
+    def finished_meanwhile(ledger, job):
+        if job == first:
+            study.Worker(elsewhere, workshop, "another", keep=True, say=lambda line: None).run(first)
+            ledger.refresh()
+        return ledger.missing(job) == job
+
+    monkeypatch.setitem(study.QUESTIONS, 1, Question(1, "two", jobs, study.QUESTIONS[1].report))
+    monkeypatch.setattr(study, "_still_missing", finished_meanwhile)
+    assert study.work(worker, [1], ASSUMED, say=lambda line: None) == []
+    assert ledger.row(second.spec, 40)["command"] == "the command"
+
+
 def test_two_tables_of_one_file_lose_no_row(tmp_path):
     first, second = (Table(tmp_path / "rows.csv", ["name", "value", "more"], 1) for _ in range(2))
     first.put({"name": "a", "value": 1})
@@ -377,6 +400,9 @@ def test_two_tables_of_one_file_lose_no_row(tmp_path):
     second.refresh()
     assert [tuple(row.values()) for row in second.rows.values()] == [("a", "1", ""), ("b", "2", "3")]
     assert second.rows == Table(first.path, first.columns, 1).rows
+    first.path.write_text("name,value,more\na,1,\n")  # somebody takes a row out: it must not come back
+    second.put({"name": "c", "value": 4})
+    assert [row["name"] for row in second.rows.values()] == ["a", "c"]
 
 
 def test_time_limit_starts_nothing_that_does_not_fit(finished, tmp_path):

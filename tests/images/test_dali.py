@@ -155,14 +155,13 @@ def test_bad_files_are_named(tree):
 
 def test_as_many_threads_read_as_the_disk_keeps_waiting(tree, monkeypatch):
     loader = open_images(open_source(tree), 32, 4, "dali", device="cpu", workers=8)
-    indices = torch.arange(4)
     monkeypatch.setattr(dali_loader, "BUSY", 0.05)
-    assert loader.readers(indices) == 1
-    read = loader._files
-    monkeypatch.setattr(loader, "_files", lambda indices: (time.sleep(0.2 * len(indices)), read(indices))[1])
-    assert 4 <= loader.readers(indices) <= 6
+    assert loader.readers() == 1
+    read = type(loader.source).read
+    monkeypatch.setattr(type(loader.source), "read", lambda self, index: (time.sleep(0.2), read(self, index))[1])
+    assert 4 <= loader.readers() <= 6
     monkeypatch.setattr(dali_loader, "BUSY", 0.01)
-    assert loader.readers(indices) == 8
+    assert loader.readers() == 8
 
 
 def test_a_loader_can_be_left_and_started_again(tree):
