@@ -180,7 +180,7 @@ def measure(arguments: argparse.Namespace) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     bench = Bench(device, deadline=arguments.deadline, sink=sink)
     scaling = Scaling(bench, arguments.size, "regional" if cuda else "off")
-    scaling.json = str(arguments.deepspeed_json.resolve()) if arguments.deepspeed_json else ""
+    scaling.json = str(arguments.deepspeed_json) if arguments.deepspeed_json else ""
     wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
     scaling.run(wanted, arguments.rounds)
     if here.world > 1 and scaling.time_left(5):
@@ -228,6 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = top.parse_args(given)
     if arguments.deadline is None:
+        given += ["--results", str(arguments.results.resolve())]  # the processes start in another folder
+        if arguments.deepspeed_json:
+            given += ["--deepspeed-json", str(arguments.deepspeed_json.resolve())]
         return launch(arguments.gpus, arguments.seconds, given)
     return measure(arguments)
 

@@ -17,6 +17,7 @@ parameter, four collectives of its size (weight, EMA, two moments: 16 bytes), an
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -29,6 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.torch_version import TorchVersion
 
 from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
@@ -50,6 +52,7 @@ from fastasync.training.engine import (
 from fastasync.training.graph import Part
 
 T = TypeVar("T")
+OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
 _STATE = ("exp_avg", "exp_avg_sq", "ema")
 
 
@@ -357,6 +360,9 @@ def check_deepspeed(config: Config, world: int) -> None:
     split_positions(train.batch, world, 0, train.accumulate)
     if not _installed("deepspeed"):
         raise not_installed("deepspeed", "deepspeed")
+    found = importlib.metadata.version("deepspeed")
+    if TorchVersion(found) < OLDEST:
+        raise UserError("package deepspeed", found, f"needs {OLDEST} or newer: pip install 'fastasync[deepspeed]'")
     deepspeed_json(config, world)
     if train.optimizer == "apex":
         raise UserError("train.optimizer", "apex", "keeps no step count of its own: use auto, fused or torch here")

@@ -220,6 +220,14 @@ def test_what_does_not_go_together(tiny):
             check_deepspeed(tiny(train=fields), 2)
 
 
+def test_an_older_deepspeed_is_refused_before_any_work(tiny, monkeypatch):
+    from fastasync.training import deepspeed_engine
+
+    monkeypatch.setattr(deepspeed_engine.importlib.metadata, "version", lambda package: "0.19.6")
+    with pytest.raises(UserError, match=r"package deepspeed: 0.19.6.* needs 0.19.7 or newer: pip install"):
+        deepspeed_engine.check_deepspeed(tiny(train=dict(zero=1)), 1)
+
+
 def test_one_process_without_a_launcher(runs):
     """``python train.py --set train.engine=deepspeed``."""
     folder, _ = runs
