@@ -77,13 +77,18 @@ def draw_times(
     - naive, sfd: s ~ rho and weight 1 everywhere.
     """
     u = stratified(seed, step, samples, total)
-    return _times_of(u, schedule, density, mode, proposal, pi)
+    return times_of(u, schedule, density, mode, proposal, pi)
 
 
-def _times_of(
-    u: Tensor, schedule: Schedule, density: Density, mode: str, proposal: str, pi: Sequence[float] | None
+def times_of(
+    u: Tensor,
+    schedule: Schedule,
+    density: Density,
+    mode: str = "corrected",
+    proposal: str = "mixture",
+    pi: Sequence[float] | None = None,
 ) -> Times:
-    """The times that uniforms u [N] stand for."""
+    """The times that uniforms u [N] stand for; arguments as in ``draw_times``."""
     if mode in ("naive", "sfd"):
         s = density.quantile(u)
         tau = schedule(s).tau
@@ -166,7 +171,7 @@ class Objective:
                 steps = (first + torch.arange(block)).repeat_interleave(len(samples))[:, None]
                 u = stratified(seed, steps, samples.cpu().repeat(block), total)
                 with torch.no_grad():
-                    times = _times_of(u, schedule, self.density, self.mode, self.proposal, None)
+                    times = times_of(u, schedule, self.density, self.mode, self.proposal, None)
                 drawn.clear()
                 parts = zip(*(part.split(len(samples)) for part in times))
                 drawn.update({first + i: Times(*part) for i, part in enumerate(parts)})

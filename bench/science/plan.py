@@ -80,8 +80,8 @@ def merge(jobs: Iterable[Job]) -> list[Job]:
 class Ledger:
     """What is done: runs.csv (one row for each run and checkpoint) and probes.csv (one for each probe and schedule)."""
 
-    def __init__(self, study: Study, seeds: Sequence[int], out: Path):
-        self.study, self.seeds, self.out = study, list(seeds), out
+    def __init__(self, study: Study, seeds: Sequence[int], out: Path, only: Sequence[str] | None = None):
+        self.study, self.seeds, self.out, self.only = study, list(seeds), out, only
         figures = [f"{metric}_{name}" for name in study.samplers for metric in METRICS]
         adaptive = ["nfe_dopri5"] if "dopri5" in study.samplers else []
         facts = ["status", "error", *figures, *adaptive, "fingerprint", "lead", *SECONDS, *ABOUT]
@@ -132,6 +132,10 @@ class Ledger:
             if rest:
                 left.append((step, rest))
         return TrainJob(job.spec, tuple(left)) if left else None
+
+    def asked(self, job: Job) -> bool:
+        """Whether it is among the runs that were asked for (``only``: runs along these schedules)."""
+        return self.only is None or (isinstance(job, TrainJob) and job.spec.schedule in self.only)
 
     # --- the fixed competitors --------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ class Workshop:
         for name, schedule in schedules.items():
             features = []
             for indices in torch.arange(self.study.rank_samples).split(self.study.sample_batch):
-                z = self._latents(config, velocity, schedule, indices, way, config.probe.seed)
+                z = self.latents(config, velocity, schedule, indices, way, config.probe.seed)
                 features.append(scorer.features(z).double().cpu())
             distance = frechet_distance(gaussian_statistics(torch.cat(features)), scorer.reference)
             with torch.no_grad():
@@ -247,7 +247,7 @@ class Workshop:
         features, making, scoring = [], 0.0, 0.0
         for indices in torch.arange(config.sample.count).split(config.sample.batch):
             start = time.perf_counter()
-            z = self._latents(config, velocity, loaded.schedule, indices, sampler(name), config.sample.seed)
+            z = self.latents(config, velocity, loaded.schedule, indices, sampler(name), config.sample.seed)
             images = inputs.decode(z).cpu()  # waits for the device
             making += time.perf_counter() - start
             features.append(extractor(images))
@@ -261,7 +261,7 @@ class Workshop:
         figures = {metric: float(result[metric]) for metric in config.evaluate.metrics}
         return Score(figures, calls / config.sample.count, making, scoring)
 
-    def _latents(
+    def latents(
         self, config: Config, velocity: Any, schedule: Schedule, indices: Tensor, way: Way, seed: int
     ) -> Tensor:
         """Latents of samples with balanced labels; ``seed``: of the noise."""

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--questions", default="1,2,3,4,5,6,7,8", help="numbers, in the order they are worked on")
     top.add_argument("--seeds", type=int, default=3, help="headline seeds")
     top.add_argument("--scan-seeds", type=int, help="seeds that find the best fixed schedule (default: the protocol's)")
+    top.add_argument("--schedules", help="only runs along these, such as synchronous,power:2")
     top.add_argument("--out", type=Path, help="rows, tables, pictures (default bench/science/results/PRESET)")
     top.add_argument("--work", type=Path, help="encoders, probes, checkpoints (default runs/science-PRESET)")
     top.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="for every run")
@@ -91,7 +92,7 @@ def plan(ledger: Ledger, workshop: Workshop, numbers: Sequence[int]) -> dict[int
         for job in jobs:
             # all its points at once, whichever question asks for them: it is trained once
             rest = ledger.missing(whole[_key(job)])
-            if rest is not None and _key(job) not in seen:
+            if rest is not None and ledger.asked(rest) and _key(job) not in seen:
                 left[number].append(rest)
             seen.add(_key(job))
     return left
@@ -121,7 +122,9 @@ def show_plan(ledger: Ledger, workshop: Workshop, numbers: Sequence[int], rates:
 
 
 def commit() -> str:
-    """The commit that is checked out, with + when the code differs from it; $FASTASYNC_COMMIT outside a checkout."""
+    """$FASTASYNC_COMMIT (for a copy without its git), or the commit that is checked out, with + for local changes."""
+    if os.environ.get("FASTASYNC_COMMIT"):
+        return os.environ["FASTASYNC_COMMIT"]
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -130,7 +133,7 @@ def commit() -> str:
         name = git("rev-parse", "--short", "HEAD")
         return name + ("+" if git("status", "--porcelain", "--", "fastasync", "kernels", "bench/science/*.py") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FASTASYNC_COMMIT", "unknown")
+        return "unknown"
 
 
 class Worker:
@@ -314,7 +317,12 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
             raise UserError(name, count, "give at least 1")
     study = replace(study, scan_seeds=scan)
     out = arguments.out or Path("bench/science/results") / study.preset
-    ledger = Ledger(study, range(arguments.seeds), out)
+    only = arguments.schedules.split(",") if arguments.schedules else None
+    known = (*study.fixed, *study.rules)
+    for name in only or ():
+        if name not in known:
+            raise unknown_name("--schedules", name, known)
+    ledger = Ledger(study, range(arguments.seeds), out, only)
     workshop = Workshop(study, out, arguments.work or Path("runs") / f"science-{study.preset}", say)
     step = arguments.step_ms / 1e3
     # a training step costs three forward passes of the batch

@@ -1,4 +1,4 @@
-"""FID, KID, precision and recall, and IS of a set of samples; the last three are computed by torch-fidelity."""
+"""FID, KID, precision and recall, and IS of a set of samples; the last two are computed by torch-fidelity."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastasync.compat import import_torch_fidelity
 from fastasync.errors import UserError, unknown_name
 from fastasync.evaluation.features import FeatureExtractor, FeatureSet
-from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
+from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance
 
 METRICS = ("fid", "kid", "precision_recall", "is")
 
@@ -28,9 +30,17 @@ def _same_width(samples: Tensor, reference: Tensor) -> None:
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    samples: Tensor,
+    reference: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """Kernel distance (KID; Binkowski et al., 2018): unbiased squared MMD with the kernel (x.y / D + 1)^3.
+
+    In float64 (float32 kernels of 2,048 features lose the digits that the difference keeps), on the same subsets and
+    with the same figures as torch-fidelity's, which knows the CPU only: 1.2 TFLOP for the usual sizes.
 
     Args:
         samples: features [N, D].
@@ -38,6 +48,7 @@ def kernel_distance(
         subsets: number of random subsets that are averaged.
         subset_size: samples in each of them, at most min(N, M).
         seed: of the choice of subsets.
+        device: where to compute.
 
     Returns:
         Mean and standard deviation over the subsets.  The mean may be slightly negative: the estimator is unbiased.
@@ -50,15 +61,25 @@ def kernel_distance(
         raise UserError(
             "kid subset_size", subset_size, f"choose 2 to {min(len(samples), len(reference))}, the size of the sets"
         )
-    result = _torch_fidelity("metric_kid").kid_features_to_metric(
-        samples.double(),  # float32 kernels of 2,048 features lose the digits that the difference keeps
-        reference.double(),
-        kid_subsets=subsets,
-        kid_subset_size=subset_size,
-        rng_seed=seed,
-        verbose=False,
-    )
-    return result["kernel_inception_distance_mean"], result["kernel_inception_distance_std"]
+    draw = np.random.RandomState(seed)
+
+    def subset(features: Tensor) -> Tensor:
+        chosen = draw.choice(len(features), subset_size, replace=False)
+        return features[torch.from_numpy(chosen).to(features.device)].to(device, torch.float64)
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (subset_size * (subset_size - 1))
+
+    distances = []
+    for _ in range(subsets):
+        x, y = subset(samples), subset(reference)
+        distances.append(within(x) + within(y) - 2 * kernel(x, y).mean())
+    found = torch.stack(distances)
+    return float(found.mean()), float(found.std(correction=0))
 
 
 def precision_recall(samples: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[float, float]:
@@ -165,7 +186,9 @@ def evaluate(
     }
     if "fid" in metrics:
         statistics = known.statistics() if isinstance(known, FeatureSet) else known
-        result["fid"] = frechet_distance(found.statistics(), statistics)
+        accumulator = StatisticsAccumulator(found.extractor)
+        accumulator.update(found.features.to(extractor.device))  # the product is the slow part of a covariance
+        result["fid"] = frechet_distance(accumulator.statistics(), statistics)
         settings["fid"] = ""
         width = found.features.shape[1]
         for field in ("samples", "reference"):
@@ -178,7 +201,9 @@ def evaluate(
         size = min(kid_subset_size, len(found.features), len(known_features))
         if size < kid_subset_size:
             notes.append(f"kid: subsets of {size} instead of {kid_subset_size}, the size of the smaller set")
-        result["kid"], result["kid_std"] = kernel_distance(found.features, known_features, kid_subsets, size, seed)
+        result["kid"], result["kid_std"] = kernel_distance(
+            found.features, known_features, kid_subsets, size, seed, extractor.device
+        )
         settings["kid"] = f"{kid_subsets} subsets of {size}, seed {seed}"
     if "precision_recall" in metrics and known_features is not None:
         result["precision"], result["recall"] = precision_recall(found.features, known_features, neighbours)

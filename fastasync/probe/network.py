@@ -16,10 +16,12 @@ from tqdm import tqdm
 from fastasync.compat import shorten_compiler_messages
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, draw_flips
+from fastasync.densities import Density
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, train_flops
-from fastasync.objective import TIME_STREAM
+from fastasync.objective import TIME_STREAM, times_of
 from fastasync.probe.resume import Progress
+from fastasync.schedule import Schedule
 from fastasync.training.graph import GraphedStep, Part, launch_bound
 
 CLIP = 1.0  # largest gradient norm
@@ -64,6 +66,54 @@ def independent_times(count: int, total: int, seed: int, step: int) -> Tensor:
     words = philox_uniform(seed, step, torch.arange(total), 2 * count, stream=TIME_STREAM).to(torch.float64)
     cell = words[:, count:].argsort(0).argsort(0)
     return (cell + words[:, :count]) / total
+
+
+class PathTimes:
+    """Times along a family of schedules: each sample of a batch on one of them, its times drawn as training draws them.
+
+    ``times(step)`` -> local times and weights, float64 [total, K] each: with them the probe's loss is the corrected
+    objective (mixture proposal) averaged over the family.  A share ``independent`` of the samples has independent
+    uniform times and weight 1 instead.  A pure function of (seed, step); drawn for ``block`` steps at once, as
+    inverting a schedule for many costs about as much as for one.
+    """
+
+    def __init__(
+        self,
+        family: Sequence[Schedule],
+        density: Density,
+        total: int,
+        seed: int,
+        independent: float = 0.0,
+        block: int = 32,
+    ):
+        self.family, self.density, self.total, self.seed, self.block = family, density, total, seed, block
+        self.independent = round(independent * total)
+        self._first, self._drawn = -1, (torch.empty(0), torch.empty(0))
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        first = step - step % self.block
+        if first != self._first:
+            self._first, self._drawn = first, self._draw(first)
+        rows = slice((step - first) * self.total, (step - first + 1) * self.total)
+        return self._drawn[0][rows], self._drawn[1][rows]
+
+    def _draw(self, first: int) -> tuple[Tensor, Tensor]:
+        steps = (first + torch.arange(self.block)).repeat_interleave(self.total)[:, None]
+        samples = torch.arange(self.total).repeat(self.block)
+        words = philox_uniform(self.seed, steps, samples, 2, stream=TIME_STREAM).to(torch.float64)
+        u = (samples.to(torch.float64) + words[:, 0]) / self.total  # one in each of ``total`` cells
+        order = words[:, 1].reshape(self.block, self.total).argsort(1).argsort(1).reshape(-1)
+        # paths dealt evenly, in an order of its own for every step; -1: none
+        member = torch.where(order < self.independent, -1, order % len(self.family))
+        count = self.family[0].count
+        tau = torch.cat([independent_times(count, self.total, self.seed, first + i) for i in range(self.block)])
+        weight = torch.ones_like(tau)
+        for number, schedule in enumerate(self.family):
+            chosen = member == number
+            with torch.no_grad():
+                times = times_of(u[chosen], schedule, self.density)
+            tau[chosen], weight[chosen] = times.tau, times.weight
+        return tau, weight
 
 
 @contextmanager
@@ -185,11 +235,11 @@ def surface_step(
     samples = torch.arange(batch, device=device)
 
     def compute(step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor]:
-        z, y, tau = parts[0][:3]
+        z, y, tau, weight = parts[0][:4]
         y = drop_some(ops, y, config, step, samples)
         with autocast(device):
             v = network(ops.noising(z, tau, channels, seed, step, samples), tau, y)
-        loss = ops.flow_errors(v, z, channels, seed, step, samples)[0].sum(1).mean()
+        loss = (ops.flow_errors(v, z, channels, seed, step, samples)[0] * weight).sum(1).mean()
         trainer.update(loss)
         return (loss.detach(),)
 
@@ -204,12 +254,13 @@ def train_surface_probe(
     device: torch.device | str,
     progress: bool = True,
     states: Progress | None = None,
+    times: PathTimes | None = None,
 ) -> float:
-    """Train ``model`` in place for ``steps`` steps of ``config.probe.batch`` with independent local times.
+    """Train ``model`` in place for ``steps`` steps of ``config.probe.batch`` at independent local times, or ``times``.
 
-    The loss is the sum over representations of the mean squared error.  The model ends with its EMA weights, in
-    evaluation mode.  Same seed, same result on any CPU, also when it goes on from one of ``states``.  Returns the last
-    loss.
+    The loss is the sum over representations of the mean squared error, weighted as ``times`` say.  The model ends with
+    its EMA weights, in evaluation mode.  Same seed, same result on any CPU, also when it goes on from one of
+    ``states``.  Returns the last loss.
     """
     probe, channels = config.probe, config.representations.channels
     trainer = Trainer(model.train(), probe.lr, steps)
@@ -221,9 +272,13 @@ def train_surface_probe(
     value = float("nan")
     for step in bar:
         z, y = training_batch(config, latents, step, device)
-        tau = independent_times(len(channels), probe.batch, probe.seed, step).to(device, torch.float32)
+        if times is None:
+            tau = independent_times(len(channels), probe.batch, probe.seed, step)
+            weight = torch.ones_like(tau)
+        else:
+            tau, weight = times(step)
         trainer.prepare()
-        (loss,) = run(step, [Part(z, y, tau, tau)])
+        (loss,) = run(step, [Part(z, y, *(t.to(device, torch.float32) for t in (tau, weight)))])
         trainer.average_weights()
         if step % 20 == 0 or step == steps - 1:
             value = float(loss)

@@ -31,6 +31,19 @@ def test_kernel_distance_is_the_unbiased_estimator():
     assert std == 0
 
 
+def test_kernel_distance_is_that_of_torch_fidelity():
+    import_torch_fidelity()
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = normal(3, 300, dims=64).float(), normal(4, 400, dims=64).float() + 0.1
+    theirs = kid_features_to_metric(
+        x.double(), y.double(), kid_subsets=20, kid_subset_size=100, rng_seed=5, verbose=False
+    )
+    mean, std = kernel_distance(x, y, 20, 100, seed=5)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
+
+
 def test_kernel_distance_is_seeded_and_near_zero_for_one_distribution():
     x, y, far = normal(0, 500), normal(1, 500), normal(2, 500, shift=0.3)
     assert kernel_distance(x, y, 20, 100, seed=1) == kernel_distance(x, y, 20, 100, seed=1)
