@@ -26,7 +26,7 @@ from fastasync.probe.budget import FIT_SHARE, JOINT_STEP, Budget, Plan, plan_pro
 from fastasync.probe.diagnostics import curl_report, describe
 from fastasync.probe.generation import LEAST_SAMPLES, Scorer, candidate_family, search
 from fastasync.probe.joint import learn_jointly
-from fastasync.probe.network import Errors, autocast, build_probe, surface_errors, train_surface_probe
+from fastasync.probe.network import Errors, PathTimes, autocast, build_probe, surface_errors, train_surface_probe
 from fastasync.probe.oracle import best_path
 from fastasync.probe.resume import TRAINING, Progress, read_facts
 from fastasync.probe.surface import LEAST_ERRORS, LossSurface, sweep
@@ -38,6 +38,7 @@ RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.
 PLANNED = "train.steps"  # whose share the budget is
 MAX_FIT = 200_000  # errors to fit a surface of a few dozen coefficients to: more would not change it
 MIN_FIT = 512
+INDEPENDENT = 0.25  # of the samples of a probe that is trained along paths: they make its loss surface
 _LATTICE = {1: 65, 2: 33, 3: 17}  # points on each axis of the stored surface, by K
 _ORACLE_CELLS = {1: 128, 2: 128, 3: 32}
 
@@ -362,7 +363,16 @@ def _trained(job: _Job) -> Errors:
     states = Progress(job.folder, job.about)
     with budget.timed("training"):
         budget.spend("training", 3 * job.forward * probe.batch * job.plan.steps)
-        train_surface_probe(job.network, job.config, job.latents, job.plan.steps, job.device, job.progress, states)
+        train_surface_probe(
+            job.network,
+            job.config,
+            job.latents,
+            job.plan.steps,
+            job.device,
+            job.progress,
+            states,
+            _path_times(job),
+        )
     budget.seconds["training"] += states.seconds_before
     # where C's share of a tiny budget is less than a fit needs, it is taken from the samples
     count = max(min(int(job.plan.fit_flops / job.forward), MAX_FIT), min(MIN_FIT, int(budget.left / job.forward)))
@@ -387,6 +397,15 @@ def _trained(job: _Job) -> Errors:
             {**job.about, "sha256": digest, "flops": budget.flops, "seconds": budget.seconds},
         )
     return errors
+
+
+def _path_times(job: _Job) -> PathTimes | None:
+    """Times along C's candidates (those that need no surface), or None for independent ones."""
+    probe, reps = job.config.probe, job.config.representations
+    if probe.estimator != "C" or probe.times == "independent" or len(reps.names) == 1:
+        return None
+    family = list(candidate_family(reps.names, reps.roles, {}).values())
+    return PathTimes(family, job.density, probe.batch, probe.seed, INDEPENDENT)
 
 
 def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Tensor:

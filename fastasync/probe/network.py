@@ -105,9 +105,11 @@ class PathTimes:
         order = words[:, 1].reshape(self.block, self.total).argsort(1).argsort(1).reshape(-1)
         # paths dealt evenly, in an order of its own for every step; -1: none
         member = torch.where(order < self.independent, -1, order % len(self.family))
-        count = self.family[0].count
-        tau = torch.cat([independent_times(count, self.total, self.seed, first + i) for i in range(self.block)])
+        tau = torch.empty(len(u), self.family[0].count, dtype=torch.float64)
         weight = torch.ones_like(tau)
+        if self.independent:
+            free = [independent_times(tau.shape[1], self.independent, self.seed, first + i) for i in range(self.block)]
+            tau[member < 0] = torch.cat(free)
         for number, schedule in enumerate(self.family):
             chosen = member == number
             with torch.no_grad():
