@@ -1,8 +1,9 @@
 """How should C's probe be trained, so that it ranks schedules as networks trained along them do?
 
-``python -m bench.experiments.probe_rules small-paths:3000 --seed 0 --out DIR`` trains a probe on CIFAR-10 and ranks the
-study's fixed schedules with it, in the encoder's features (which may select) and in Inception's (which may not: only to
-tell features from networks).  A variant is SHAPE-TIMES:STEPS, with SHAPE small (4 x 128) or main (8 x 256) and TIMES
+``python -m bench.experiments.probe_rules small-paths:3000 --seed 0 --out ROWS.csv`` trains a probe on CIFAR-10 and
+ranks the study's fixed schedules with it, in the encoder's features (which may select) and in Inception's (which may
+not: only to tell features from networks).  A variant is SHAPE-TIMES:STEPS, with SHAPE small (4 x 128) or main
+(8 x 256) and TIMES
 
     independent   local times from the whole square
     paths         times along all candidates of C, drawn as training draws them
@@ -20,7 +21,7 @@ import argparse
 import copy
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,18 @@ def full_kernel_distance(x: Tensor, y: Tensor) -> float:
         return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
     return float(within(x) + within(y) - 2 * total(x, y) / (len(x) * len(y)))
+
+
+COLUMNS = ("variant", "seed", "schedule", "encoder", "inception_kid", "lost", "loss_texture", "loss_semantic", "energy")
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV, with its header when it is new."""
+    with open(path, "a", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        if stream.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 class Bench:
@@ -125,8 +138,8 @@ class Bench:
                 row["energy"] = float(kinetic_energy(schedule, [0.5, 0.5]))
         return row
 
-    def surface(self, network: Any, folder: Path) -> LossSurface:
-        """From the half of the square where what leads leads, where probes of paths are trained; kept for later."""
+    def surface(self, network: Any) -> LossSurface:
+        """Of probes of paths from the half of the square where what leads leads: they know no other."""
 
         def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with torch.no_grad(), autocast(self.device):
@@ -136,28 +149,26 @@ class Bench:
         channels, seed = self.config.representations.channels, self.config.probe.seed
         found = surface_errors(velocity, self.inputs.latents, channels, 40_000, seed=seed, batch=1000,
                                device=self.device, ops=ops, progress=False)  # fmt: skip
-        np.savez(folder / "surface.npz", tau=found.tau.half().numpy(), errors=found.errors.half().numpy())
         inside = found.tau[:, 0] <= found.tau[:, 1]
         if self.times in ("independent", "mixed"):
             inside[:] = True
         return LossSurface.fit(found.tau[inside], found.errors[inside])
 
-    def run(self, folder: Path) -> list[dict[str, Any]]:
-        folder.mkdir(parents=True, exist_ok=True)
-        rows, surface, shared = [], None, None
+    def run(self) -> Iterator[dict[str, Any]]:
+        """A row for each schedule, as soon as it is known."""
+        surface, shared = None, None
         if self.times != "single":
             mixed = 0.25 if self.times == "mixed" else 0.0
             family = None if self.times == "independent" else self.along(self.family, mixed)
             shared = self.train(build_probe(self.config, self.device), self.steps, family)
-            surface = self.surface(shared, folder)
+            surface = self.surface(shared)
         for name, schedule in self.schedules.items():
             network = shared
             if self.times == "adapted":
                 network = self.train(copy.deepcopy(shared), ADAPTING, self.along([schedule]), 3e-4)
             elif self.times == "single":
                 network = self.train(build_probe(self.config, self.device), self.steps, self.along([schedule]))
-            rows.append({"schedule": name, **self.rank(network, name, surface)})
-        return rows
+            yield {"schedule": name, **self.rank(network, name, surface)}
 
 
 def main() -> None:
@@ -166,7 +177,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cifar10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="a CSV that rows are added to")
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     study = STUDIES[arguments.preset]
@@ -174,15 +185,18 @@ def main() -> None:
     workshop = Workshop(study, results, arguments.work or Path("runs") / f"science-{study.preset}")
     ledger = Ledger(replace(study, scan_seeds=1), [0], results)
     for variant in arguments.variants:
-        start = time.perf_counter()
-        folder = arguments.out / f"{variant.replace(':', '-')}-seed{arguments.seed}"
-        rows = Bench(workshop, variant, arguments.seed, arguments.samples).run(folder)
-        trained = {row["schedule"]: [ledger.by_seed(Spec(row["schedule"], 0), study.steps, name, ledger.scan_seeds)
-                                     for name in study.headline] for row in rows}  # fmt: skip
-        with open(folder / "rank.csv", "w", newline="") as stream:
-            writer = csv.DictWriter(stream, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        start, about = time.perf_counter(), {"variant": variant, "seed": arguments.seed}
+        rows = []
+        for row in Bench(workshop, variant, arguments.seed, arguments.samples).run():
+            rows.append({**about, **row})
+            append(arguments.out, rows[-1])
+        trained = {
+            row["schedule"]: [
+                ledger.by_seed(Spec(row["schedule"], 0), study.steps, name, ledger.scan_seeds)
+                for name in study.headline
+            ]
+            for row in rows
+        }
         known = {
             name: float(np.mean([np.log(list(part.values())) for part in parts]))
             for name, parts in trained.items()

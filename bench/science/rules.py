@@ -17,6 +17,8 @@ from bench.science.statistics import spearman, summary
 from fastasync.probe.surface import path_gap
 from fastasync.schedule import load_schedule, named_schedule
 
+INDEPENDENT = "independent"  # the variant of C's probe that is trained at independent times, C's own until 2026-11-26
+
 
 def scan_jobs(ledger: Ledger) -> list[Job]:
     """Every fixed schedule on the scan's own seeds."""
@@ -118,16 +120,17 @@ def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
 
 def _choices(ledger: Ledger) -> Section:
     rows = []
-    for rule in ledger.study.rules:
+    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), ("C", INDEPENDENT)):
         first = None
         for seed in ledger.seeds:
-            path = Workshop.schedule_path(ledger.out, Spec(rule, seed))
+            spec = Spec(rule, seed, probe=variant)
+            path = Workshop.schedule_path(ledger.out, spec)
             if not path.exists():
                 continue
             schedule = load_schedule(path)
             first = first or schedule
-            rank = ledger.ranks.get("base", seed, rule)
-            row = {"rule": rule, "seed": seed, "kind": schedule.kind, "lead": schedule.lead()}
+            rank = ledger.ranks.get(variant, seed, rule)
+            row = {"rule": spec.label, "seed": seed, "kind": schedule.kind, "lead": schedule.lead()}
             row["gap to the first seed's path"] = path_gap(schedule, first)
             row["label"] = rank["chosen"] if rank and rule == "C" else ""
             rows.append(row)
@@ -152,10 +155,10 @@ def _report(ledger: Ledger) -> Report:
     study = ledger.study
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *study.rules])
     rows = []
-    for name in schedules:
-        spec = Spec(name, 0)
-        row = {"schedule": name, **fids(ledger, spec, study.headline)}
-        rows.append({**row, "all": geometric(ledger, spec, study.headline)})
+    for spec in (*(Spec(name, 0) for name in schedules), Spec("C", 0, probe=INDEPENDENT)):
+        row = {"schedule": spec.label, **fids(ledger, spec, study.headline)}
+        if any(row[sampler] for sampler in study.headline) or spec.probe != INDEPENDENT:
+            rows.append({**row, "all": geometric(ledger, spec, study.headline)})
     headline = Section("headline", "FID on the headline seeds, mean ± deviation; all: geometric mean.",
                        ["schedule", *study.headline, "all"], rows)  # fmt: skip
     pairs, sentences = [], []

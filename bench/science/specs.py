@@ -85,8 +85,8 @@ class Study:
 
     @property
     def milestones(self) -> tuple[int, ...]:
-        """Training steps at which long runs are scored: quarters of the budget, then doublings up to the longest."""
-        early = [self.steps // 4, self.steps // 2]
+        """Training steps at which long runs are scored: half and three quarters of the budget, then its doublings."""
+        early = [self.steps // 2, 3 * self.steps // 4]
         late = []
         step = self.steps
         while step <= self.longer * self.steps:
@@ -191,6 +191,7 @@ STUDIES = {
         sizes={"base": (), "large": ("model.depth=12", "model.width=384", "model.heads=12")},
         probes={
             "base": (),
+            "independent": ("probe.times=independent",),
             "half the budget": ("probe.budget=0.05",),
             "quarter of the budget": ("probe.budget=0.025",),
             "a tenth of the budget": ("probe.budget=0.01",),

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--questions", default="1,2,3,4,5,6,7,8", help="numbers, in the order they are worked on")
     top.add_argument("--seeds", type=int, default=3, help="headline seeds")
     top.add_argument("--scan-seeds", type=int, help="seeds that find the best fixed schedule (default: the protocol's)")
+    top.add_argument("--longer", type=int, help="the longest runs, in budgets: 1, 2, 4, ... (default: the protocol's)")
     top.add_argument("--schedules", help="only runs along these, such as synchronous,power:2")
     top.add_argument("--out", type=Path, help="rows, tables, pictures (default bench/science/results/PRESET)")
     top.add_argument("--work", type=Path, help="encoders, probes, checkpoints (default runs/science-PRESET)")
@@ -312,10 +313,11 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
     study = (study or STUDIES[arguments.preset]).with_settings(tuple(arguments.set))
     numbers = _numbers(arguments.questions)
     scan = study.scan_seeds if arguments.scan_seeds is None else arguments.scan_seeds
-    for name, count in (("--seeds", arguments.seeds), ("--scan-seeds", scan)):
+    longer = study.longer if arguments.longer is None else arguments.longer
+    for name, count in (("--seeds", arguments.seeds), ("--scan-seeds", scan), ("--longer", longer)):
         if count < 1:
             raise UserError(name, count, "give at least 1")
-    study = replace(study, scan_seeds=scan)
+    study = replace(study, scan_seeds=scan, longer=longer)
     out = arguments.out or Path("bench/science/results") / study.preset
     only = arguments.schedules.split(",") if arguments.schedules else None
     known = (*study.fixed, *study.rules)

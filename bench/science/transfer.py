@@ -26,8 +26,13 @@ def _larger(ledger: Ledger, workshop: Workshop) -> list[Job]:
 
 
 def _long(ledger: Ledger, workshop: Workshop) -> list[Job]:
-    """The learning rate is constant, so one long run holds every shorter one: its checkpoints are scored on the way."""
-    points = tuple((step, ledger.study.headline) for step in ledger.study.milestones)
+    """The learning rate is constant, so one long run holds every shorter one: its checkpoints are scored on the way.
+
+    By the last sampler, which question 4 reads; at the budget and at the end by all of them.
+    """
+    study = ledger.study
+    whole = (study.steps, study.milestones[-1])
+    points = tuple((step, study.headline if step in whole else study.headline[-1:]) for step in study.milestones)
     return [TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in _schedules(ledger)]
 
 

@@ -130,9 +130,14 @@ class StatisticsAccumulator:
         return GaussianStatistics(self._mean.clone(), self._scatter / (self.count - 1), self.count, self.extractor)
 
 
+def _solver(matrix: Tensor) -> Tensor:
+    """The matrix on a GPU where there is one and it is large: 2,048 features take 0.3 s there and seconds on a CPU."""
+    return matrix.cuda() if min(matrix.shape) >= 512 and torch.cuda.is_available() else matrix
+
+
 def _half(cov: Tensor) -> Tensor:
     """A [r, D] with A^T A = cov and r its numerical rank: the eigenvectors scaled by the root of their eigenvalues."""
-    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
+    values, vectors = (part.cpu() for part in torch.linalg.eigh(_solver((cov + cov.T) / 2)))
     largest = float(values[-1]) if len(values) else 0.0
     # Below the rounding of eigh an eigenvalue is zero; its root (1e-8) would not be negligible any more.
     keep = values > max(largest, 0.0) * len(values) * torch.finfo(values.dtype).eps
@@ -157,7 +162,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         names = f"extractors {a.extractor[:12]} and {b.extractor[:12]}"
         raise UserError("frechet distance", names, "extract both sets with the same one")
     half_a, half_b = a.half, b.half
-    overlap = torch.linalg.svdvals(half_a @ half_b.T).sum() if len(half_a) and len(half_b) else torch.zeros(())
+    empty = not (len(half_a) and len(half_b))
+    overlap = 0.0 if empty else float(torch.linalg.svdvals(_solver(half_a @ half_b.T)).sum())
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * overlap
     return max(float(distance), 0.0)
 
@@ -178,7 +184,7 @@ def frechet_influence(features: Tensor, reference: GaussianStatistics) -> Tensor
     centred = x - mean
     cov = centred.T @ centred / (len(x) - 1)
     half = reference.half
-    values, vectors = torch.linalg.eigh(half @ cov @ half.T)
+    values, vectors = (part.cpu() for part in torch.linalg.eigh(_solver(half @ cov @ half.T)))
     keep = values > max(float(values[-1]), 0.0) * len(values) * torch.finfo(values.dtype).eps
     root = (vectors[:, keep] * values[keep].pow(-0.25)).T @ half  # root^T root = T
     spread = centred.square().sum(1) - (centred @ root.T).square().sum(1)
