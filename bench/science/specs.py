@@ -198,6 +198,10 @@ STUDIES = {
             "small": ("probe.depth=2", "probe.width=64", "probe.heads=2"),
             "wide": ("probe.depth=4", "probe.width=256", "probe.heads=8"),
             "main shape": ("probe.depth=8", "probe.width=256", "probe.heads=8", "probe.budget=0.1"),
+            "as dear as the run": (
+                *("probe.depth=8", "probe.width=256", "probe.heads=8"),
+                *("probe.lr=4e-4", "probe.budget=1.0"),
+            ),
             "for 3 steps": ("probe.sampling_steps=3",),
             "for 25 steps": ("probe.sampling_steps=25",),
         },
