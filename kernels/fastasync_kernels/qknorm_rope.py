@@ -43,20 +43,43 @@ BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=32, stages=3)
 
 
 @triton.jit
-def _pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """[ROWS, LENGTH] -> its even and its odd columns, each [ROWS, LENGTH // 2]."""
-    return tl.split(tl.reshape(x, [ROWS, LENGTH // 2, 2]))
+def _pairs(x):
+    """[LANES, ROWS, LENGTH] -> its even and its odd columns, each [LANES, ROWS, LENGTH // 2]."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
 
 
 @triton.jit
-def _table(weight_ptr, cos_ptr, sin_ptr, START: tl.constexpr, LENGTH: tl.constexpr, DH: tl.constexpr):
-    """weight, cos and sin of columns START.. of one token, as even and odd halves [1, LENGTH // 2], float32."""
-    column = START + tl.arange(0, LENGTH)[None, :]
+def _joined(even, odd):
+    """[LANES, ROWS, LENGTH // 2] twice -> [LANES, ROWS, LENGTH], ``_pairs`` undone."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1], 2 * even.shape[2]])
+
+
+@triton.jit
+def _columns(LANES: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """The columns of a head block [LANES, 1, HEAD // LANES] and of the tail block [LANES, 1, TAIL // LANES] behind it.
+
+    Divided among as many lanes: a lane then holds the same row of both, and the compiler moves neither.
+    """
+    lane = tl.arange(0, LANES)[:, None, None]
+    low = lane * (HEAD // LANES) + tl.arange(0, HEAD // LANES)[None, None, :]
+    high = HEAD + lane * (TAIL // LANES) + tl.arange(0, TAIL // LANES)[None, None, :]
+    return low, high
+
+
+@triton.jit
+def _table(weight_ptr, cos_ptr, sin_ptr, column, DH: tl.constexpr):
+    """weight, cos and sin of these columns of one token, as even and odd halves [LANES, 1, LENGTH // 2], float32."""
     inside = column < DH
-    weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32), 1, LENGTH)
-    cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0), 1, LENGTH)
-    sin_e, sin_o = _pairs(tl.load(sin_ptr + column, inside, 0.0), 1, LENGTH)
+    weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32))
+    cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0))
+    sin_e, sin_o = _pairs(tl.load(sin_ptr + column, inside, 0.0))
     return weight_e, weight_o, cos_e, cos_o, sin_e, sin_o
+
+
+@triton.jit
+def _row_sums(head, tail):
+    """[LANES, ROWS, ...] twice -> the sums of their rows together, [1, ROWS, 1]."""
+    return tl.sum(tl.sum(head, 2) + tl.sum(tail, 2), 0)[None, :, None]
 
 
 @triton.jit
@@ -89,16 +112,16 @@ def _forward_kernel(
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 2)
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[None, :, None]
     here = row < HEADS
-    low = tl.arange(0, HEAD)[None, :]
-    high = HEAD + tl.arange(0, TAIL)[None, :]
+    low, high = _columns(LANES, HEAD, TAIL)
     inside = here & (high < DH)
     if part == 0:
         weight_ptr = q_weight_ptr
@@ -108,24 +131,23 @@ def _forward_kernel(
         out_ptr = k_ptr
     cos_ptr += token * DH
     sin_ptr += token * DH
-    w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
-    w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+    w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, low, DH)
+    w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, high, DH)
     source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
     target = out_ptr + token.to(tl.int64) * OUT_N + row * OUT_H
     kind: tl.constexpr = q_ptr.dtype.element_ty
 
     for sample in tl.range(first, tl.minimum(first + SAMPLES, batch), num_stages=STAGES):
         x_row = source + tl.cast(sample, tl.int64) * qkv_b
-        e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-        e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
-        square = tl.sum(e0 * e0 + o0 * o0, 1) + tl.sum(e1 * e1 + o1 * o1, 1)
-        r = tl.rsqrt(square / DH + eps)[:, None]
+        e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32))
+        e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32))
+        r = tl.rsqrt(_row_sums(e0 * e0 + o0 * o0, e1 * e1 + o1 * o1) / DH + eps)
         e0 *= r * w_e0
         o0 *= r * w_o0
         e1 *= r * w_e1
         o1 *= r * w_o1
-        out0 = tl.reshape(tl.join(e0 * cos_e0 - o0 * sin_e0, o0 * cos_o0 + e0 * sin_o0), [ROWS, HEAD])
-        out1 = tl.reshape(tl.join(e1 * cos_e1 - o1 * sin_e1, o1 * cos_o1 + e1 * sin_o1), [ROWS, TAIL])
+        out0 = _joined(e0 * cos_e0 - o0 * sin_e0, o0 * cos_o0 + e0 * sin_o0)
+        out1 = _joined(e1 * cos_e1 - o1 * sin_e1, o1 * cos_o1 + e1 * sin_o1)
         out_row = target + tl.cast(sample, tl.int64) * out_b
         tl.store(out_row + low, out0.to(kind), here)
         tl.store(out_row + high, out1.to(kind), inside)
@@ -134,8 +156,8 @@ def _forward_kernel(
 @triton.jit
 def _row_tops(size0, size1, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """The largest of all heads in four parts [4]: with up to four warps none waits for another."""
-    part0 = tl.max(tl.reshape(size0, [4, ROWS * HEAD // 4]), 1)
-    part1 = tl.max(tl.reshape(size1, [4, ROWS * TAIL // 4]), 1)
+    part0 = tl.max(tl.reshape(tl.permute(size0, 1, 0, 2), [4, ROWS * HEAD // 4]), 1)
+    part1 = tl.max(tl.reshape(tl.permute(size1, 1, 0, 2), [4, ROWS * TAIL // 4]), 1)
     return tl.maximum(part0, part1)
 
 
@@ -173,27 +195,27 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 3)
-    row = tl.arange(0, ROWS)[:, None]
+    row = tl.arange(0, ROWS)[None, :, None]
     here = row < HEADS
-    low = tl.arange(0, HEAD)[None, :]
-    high = HEAD + tl.arange(0, TAIL)[None, :]
+    low, high = _columns(LANES, HEAD, TAIL)
     inside = here & (high < DH)
     last = tl.minimum(first + SAMPLES, batch)
     target = dqkv_ptr + token.to(tl.int64) * (3 * HEADS * DH) + part * HEADS * DH + row * DH
     packed = tl.cast(tokens, tl.int64) * (3 * HEADS * DH)  # elements of one sample of the packed gradient
     kind: tl.constexpr = dqkv_ptr.dtype.element_ty
     if BIAS:
-        bias0 = tl.zeros([ROWS, HEAD], tl.float32)
-        bias1 = tl.zeros([ROWS, TAIL], tl.float32)
+        bias0 = tl.zeros([LANES, ROWS, HEAD // LANES], tl.float32)
+        bias1 = tl.zeros([LANES, ROWS, TAIL // LANES], tl.float32)
     if TOPS:
-        top0 = tl.zeros([ROWS, HEAD], tl.float32)
-        top1 = tl.zeros([ROWS, TAIL], tl.float32)
+        top0 = tl.zeros([LANES, ROWS, HEAD // LANES], tl.float32)
+        top1 = tl.zeros([LANES, ROWS, TAIL // LANES], tl.float32)
         row_top_ptr += token.to(tl.int64) * 12 + part * 4 + tl.arange(0, 4)
 
     if part == 2:
@@ -226,30 +248,29 @@ def _backward_kernel(
             g_b = dk_b
         cos_ptr += token * DH
         sin_ptr += token * DH
-        w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
-        w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+        w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, low, DH)
+        w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, high, DH)
         source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
-        sum_e0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
-        sum_o0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
-        sum_e1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
-        sum_o1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
+        sum_e0 = tl.zeros([LANES, ROWS, HEAD // LANES // 2], tl.float32)
+        sum_o0 = tl.zeros([LANES, ROWS, HEAD // LANES // 2], tl.float32)
+        sum_e1 = tl.zeros([LANES, ROWS, TAIL // LANES // 2], tl.float32)
+        sum_o1 = tl.zeros([LANES, ROWS, TAIL // LANES // 2], tl.float32)
         for sample in tl.range(first, last, num_stages=STAGES):
             x_row = source + tl.cast(sample, tl.int64) * qkv_b
             g_row = incoming + tl.cast(sample, tl.int64) * g_b
-            x_e0, x_o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-            x_e1, x_o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
-            g_e0, g_o0 = _pairs(tl.load(g_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-            g_e1, g_o1 = _pairs(tl.load(g_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
+            x_e0, x_o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32))
+            x_e1, x_o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32))
+            g_e0, g_o0 = _pairs(tl.load(g_row + low, here, 0.0).to(tl.float32))
+            g_e1, g_o1 = _pairs(tl.load(g_row + high, inside, 0.0).to(tl.float32))
             z_e0 = g_e0 * cos_e0 + g_o0 * sin_o0
             z_o0 = g_o0 * cos_o0 - g_e0 * sin_e0
             z_e1 = g_e1 * cos_e1 + g_o1 * sin_o1
             z_o1 = g_o1 * cos_o1 - g_e1 * sin_e1
             # both row sums before r is known: mean(dz weight x r) = r sum(dz weight x) / Dh
-            square = tl.sum(x_e0 * x_e0 + x_o0 * x_o0, 1) + tl.sum(x_e1 * x_e1 + x_o1 * x_o1, 1)
-            product = tl.sum(z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0, 1)
-            product += tl.sum(z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1, 1)
-            r = tl.rsqrt(square / DH + eps)[:, None]
-            mean = product[:, None] * r / DH
+            square = _row_sums(x_e0 * x_e0 + x_o0 * x_o0, x_e1 * x_e1 + x_o1 * x_o1)
+            product = _row_sums(z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0, z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1)
+            r = tl.rsqrt(square / DH + eps)
+            mean = product * r / DH
             n_e0 = x_e0 * r
             n_o0 = x_o0 * r
             n_e1 = x_e1 * r
@@ -258,8 +279,8 @@ def _backward_kernel(
             sum_o0 += z_o0 * n_o0
             sum_e1 += z_e1 * n_e1
             sum_o1 += z_o1 * n_o1
-            dx0 = tl.reshape(tl.join(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean)), [ROWS, HEAD])
-            dx1 = tl.reshape(tl.join(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean)), [ROWS, TAIL])
+            dx0 = _joined(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean))
+            dx1 = _joined(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean))
             out_row = target + sample * packed
             rounded0 = dx0.to(kind)
             rounded1 = dx1.to(kind)
@@ -278,10 +299,10 @@ def _backward_kernel(
         # partial sums [2 (q, k), programs of that part, DH]
         share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
         partial = partial_ptr + share.to(tl.int64)
-        sum0 = tl.reshape(tl.join(tl.sum(sum_e0, 0), tl.sum(sum_o0, 0)), [HEAD])
-        sum1 = tl.reshape(tl.join(tl.sum(sum_e1, 0), tl.sum(sum_o1, 0)), [TAIL])
-        tl.store(partial + tl.arange(0, HEAD), sum0)
-        tl.store(partial + HEAD + tl.arange(0, TAIL), sum1, HEAD + tl.arange(0, TAIL) < DH)
+        sum0 = tl.sum(_joined(sum_e0, sum_o0), 1)[:, None, :]
+        sum1 = tl.sum(_joined(sum_e1, sum_o1), 1)[:, None, :]
+        tl.store(partial + low, sum0)
+        tl.store(partial + high, sum1, high < DH)
     if BIAS:  # partial sums [programs of a part, 3 (q, k, v), HEADS * DH]: the parts vary fastest over the programs
         bias_row = bias_partial_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
         tl.store(bias_row + low, bias0, here)
@@ -295,14 +316,15 @@ def _backward_kernel(
 def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
     """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
 
-    The tail has at least two a thread (some masked): a load of less than four bytes is not prefetched.
+    A lane holds up to eight columns of the head block in a row, and at least two of the tail, some of them masked: a
+    load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
-    rows = triton.next_power_of_2(heads)
-    options = launch.options(min(max(rows * head // (32 * features), 1), 8))
+    rows, lanes = triton.next_power_of_2(heads), max(head // 8, 1)
     return {
-        "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * options["num_warps"] // rows),
-        "SAMPLES": launch.chunk, "STAGES": launch.stages, **options,
+        "HEADS": heads, "DH": width, "ROWS": rows, "LANES": lanes, "HEAD": head, "TAIL": max(tail, 2 * lanes),
+        "SAMPLES": launch.chunk, "STAGES": launch.stages,
+        **launch.options(min(max(rows * head // (32 * features), 1), 8)),
     }  # fmt: skip
 
 
