@@ -44,31 +44,34 @@ BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=32, stages=3)
 
 @triton.jit
 def _pairs(x):
-    """[LANES, ROWS, LENGTH] -> its even and its odd columns, each [LANES, ROWS, LENGTH // 2]."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+    """[PIECES, LENGTH] -> its even and its odd columns, each [PIECES, LENGTH // 2]."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit
 def _joined(even, odd):
-    """[LANES, ROWS, LENGTH // 2] twice -> [LANES, ROWS, LENGTH], ``_pairs`` undone."""
-    return tl.reshape(tl.join(even, odd), [even.shape[0], even.shape[1], 2 * even.shape[2]])
+    """[PIECES, LENGTH // 2] twice -> [PIECES, LENGTH], ``_pairs`` undone."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
 
 
 @triton.jit
-def _columns(LANES: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """The columns of a head block [LANES, 1, HEAD // LANES] and of the tail block [LANES, 1, TAIL // LANES] behind it.
+def _places(ROWS: tl.constexpr, LANES: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Row [ROWS * LANES, 1] and columns of every piece of a head block and of the tail block behind it.
 
-    Divided among as many lanes: a lane then holds the same row of both, and the compiler moves neither.
+    Each of ROWS rows is LANES pieces, of HEAD // LANES columns and of TAIL // LANES.  With the same pieces a thread
+    holds parts of the same row in both blocks; where it does not, the compiler computes the head block twice, once in
+    each layout.
     """
-    lane = tl.arange(0, LANES)[:, None, None]
-    low = lane * (HEAD // LANES) + tl.arange(0, HEAD // LANES)[None, None, :]
-    high = HEAD + lane * (TAIL // LANES) + tl.arange(0, TAIL // LANES)[None, None, :]
-    return low, high
+    piece = tl.arange(0, ROWS * LANES)[:, None]
+    lane = piece % LANES
+    low = lane * (HEAD // LANES) + tl.arange(0, HEAD // LANES)[None, :]
+    high = HEAD + lane * (TAIL // LANES) + tl.arange(0, TAIL // LANES)[None, :]
+    return piece // LANES, low, high
 
 
 @triton.jit
 def _table(weight_ptr, cos_ptr, sin_ptr, column, DH: tl.constexpr):
-    """weight, cos and sin of these columns of one token, as even and odd halves [LANES, 1, LENGTH // 2], float32."""
+    """weight, cos and sin of these columns of one token, as even and odd halves, float32."""
     inside = column < DH
     weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32))
     cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0))
@@ -77,9 +80,10 @@ def _table(weight_ptr, cos_ptr, sin_ptr, column, DH: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(head, tail):
-    """[LANES, ROWS, ...] twice -> the sums of their rows together, [1, ROWS, 1]."""
-    return tl.sum(tl.sum(head, 2) + tl.sum(tail, 2), 0)[None, :, None]
+def _row_sums(head, tail, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The sums of the rows of both blocks together, at each of their pieces: [ROWS * LANES, 1]."""
+    total = tl.sum(tl.reshape(tl.sum(head, 1) + tl.sum(tail, 1), [ROWS, LANES]), 1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [ROWS, LANES]), [ROWS * LANES, 1])
 
 
 @triton.jit
@@ -119,9 +123,8 @@ def _forward_kernel(
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 2)
-    row = tl.arange(0, ROWS)[None, :, None]
+    row, low, high = _places(ROWS, LANES, HEAD, TAIL)
     here = row < HEADS
-    low, high = _columns(LANES, HEAD, TAIL)
     inside = here & (high < DH)
     if part == 0:
         weight_ptr = q_weight_ptr
@@ -141,7 +144,7 @@ def _forward_kernel(
         x_row = source + tl.cast(sample, tl.int64) * qkv_b
         e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32))
         e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32))
-        r = tl.rsqrt(_row_sums(e0 * e0 + o0 * o0, e1 * e1 + o1 * o1) / DH + eps)
+        r = tl.rsqrt(_row_sums(e0 * e0 + o0 * o0, e1 * e1 + o1 * o1, ROWS, LANES) / DH + eps)
         e0 *= r * w_e0
         o0 *= r * w_o0
         e1 *= r * w_e1
@@ -156,8 +159,8 @@ def _forward_kernel(
 @triton.jit
 def _row_tops(size0, size1, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """The largest of all heads in four parts [4]: with up to four warps none waits for another."""
-    part0 = tl.max(tl.reshape(tl.permute(size0, 1, 0, 2), [4, ROWS * HEAD // 4]), 1)
-    part1 = tl.max(tl.reshape(tl.permute(size1, 1, 0, 2), [4, ROWS * TAIL // 4]), 1)
+    part0 = tl.max(tl.reshape(size0, [4, ROWS * HEAD // 4]), 1)
+    part1 = tl.max(tl.reshape(size1, [4, ROWS * TAIL // 4]), 1)
     return tl.maximum(part0, part1)
 
 
@@ -202,20 +205,19 @@ def _backward_kernel(
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 3)
-    row = tl.arange(0, ROWS)[None, :, None]
+    row, low, high = _places(ROWS, LANES, HEAD, TAIL)
     here = row < HEADS
-    low, high = _columns(LANES, HEAD, TAIL)
     inside = here & (high < DH)
     last = tl.minimum(first + SAMPLES, batch)
     target = dqkv_ptr + token.to(tl.int64) * (3 * HEADS * DH) + part * HEADS * DH + row * DH
     packed = tl.cast(tokens, tl.int64) * (3 * HEADS * DH)  # elements of one sample of the packed gradient
     kind: tl.constexpr = dqkv_ptr.dtype.element_ty
     if BIAS:
-        bias0 = tl.zeros([LANES, ROWS, HEAD // LANES], tl.float32)
-        bias1 = tl.zeros([LANES, ROWS, TAIL // LANES], tl.float32)
+        bias0 = tl.zeros([ROWS * LANES, HEAD // LANES], tl.float32)
+        bias1 = tl.zeros([ROWS * LANES, TAIL // LANES], tl.float32)
     if TOPS:
-        top0 = tl.zeros([LANES, ROWS, HEAD // LANES], tl.float32)
-        top1 = tl.zeros([LANES, ROWS, TAIL // LANES], tl.float32)
+        top0 = tl.zeros([ROWS * LANES, HEAD // LANES], tl.float32)
+        top1 = tl.zeros([ROWS * LANES, TAIL // LANES], tl.float32)
         row_top_ptr += token.to(tl.int64) * 12 + part * 4 + tl.arange(0, 4)
 
     if part == 2:
@@ -251,10 +253,10 @@ def _backward_kernel(
         w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, low, DH)
         w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, high, DH)
         source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
-        sum_e0 = tl.zeros([LANES, ROWS, HEAD // LANES // 2], tl.float32)
-        sum_o0 = tl.zeros([LANES, ROWS, HEAD // LANES // 2], tl.float32)
-        sum_e1 = tl.zeros([LANES, ROWS, TAIL // LANES // 2], tl.float32)
-        sum_o1 = tl.zeros([LANES, ROWS, TAIL // LANES // 2], tl.float32)
+        sum_e0 = tl.zeros([ROWS * LANES, HEAD // LANES // 2], tl.float32)
+        sum_o0 = tl.zeros([ROWS * LANES, HEAD // LANES // 2], tl.float32)
+        sum_e1 = tl.zeros([ROWS * LANES, TAIL // LANES // 2], tl.float32)
+        sum_o1 = tl.zeros([ROWS * LANES, TAIL // LANES // 2], tl.float32)
         for sample in tl.range(first, last, num_stages=STAGES):
             x_row = source + tl.cast(sample, tl.int64) * qkv_b
             g_row = incoming + tl.cast(sample, tl.int64) * g_b
@@ -267,8 +269,10 @@ def _backward_kernel(
             z_e1 = g_e1 * cos_e1 + g_o1 * sin_o1
             z_o1 = g_o1 * cos_o1 - g_e1 * sin_e1
             # both row sums before r is known: mean(dz weight x r) = r sum(dz weight x) / Dh
-            square = _row_sums(x_e0 * x_e0 + x_o0 * x_o0, x_e1 * x_e1 + x_o1 * x_o1)
-            product = _row_sums(z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0, z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1)
+            square = _row_sums(x_e0 * x_e0 + x_o0 * x_o0, x_e1 * x_e1 + x_o1 * x_o1, ROWS, LANES)
+            product0 = z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0
+            product1 = z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1
+            product = _row_sums(product0, product1, ROWS, LANES)
             r = tl.rsqrt(square / DH + eps)
             mean = product * r / DH
             n_e0 = x_e0 * r
@@ -299,10 +303,10 @@ def _backward_kernel(
         # partial sums [2 (q, k), programs of that part, DH]
         share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
         partial = partial_ptr + share.to(tl.int64)
-        sum0 = tl.sum(_joined(sum_e0, sum_o0), 1)[:, None, :]
-        sum1 = tl.sum(_joined(sum_e1, sum_o1), 1)[:, None, :]
-        tl.store(partial + low, sum0)
-        tl.store(partial + high, sum1, high < DH)
+        column0 = tl.arange(0, HEAD)
+        column1 = HEAD + tl.arange(0, TAIL)
+        tl.store(partial + column0, tl.sum(tl.reshape(_joined(sum_e0, sum_o0), [ROWS, HEAD]), 0))
+        tl.store(partial + column1, tl.sum(tl.reshape(_joined(sum_e1, sum_o1), [ROWS, TAIL]), 0), column1 < DH)
     if BIAS:  # partial sums [programs of a part, 3 (q, k, v), HEADS * DH]: the parts vary fastest over the programs
         bias_row = bias_partial_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
         tl.store(bias_row + low, bias0, here)
@@ -316,8 +320,7 @@ def _backward_kernel(
 def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
     """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
 
-    A lane holds up to eight columns of the head block in a row, and at least two of the tail, some of them masked: a
-    load of less than four bytes is not prefetched.
+    A piece has at least two columns of the tail, some of them masked: a load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
     rows, lanes = triton.next_power_of_2(heads), max(head // 8, 1)
