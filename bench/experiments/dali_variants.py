@@ -7,8 +7,8 @@ crops are compared with Pillow's before it is timed (least and median PSNR).
 Variants called ``pipeline`` get their files from memory, so that reading them is a row of its own (``files``);
 ``loader`` is the whole DaliLoader.  ``before`` is the pipeline as it was until 2026-11-25: chroma interpolated, sizes
 read by DALI, three conditional halvings in a row, the whole image resized and then cropped.  A pipeline is built, runs,
-and is dropped before the next; the first is repeated at the end, to show how much the machine moved.  Those that name no
-chroma interpolate it, as the loader does (rows of before 2026-11-26 12:00 repeat it).
+and is dropped before the next; the first is repeated at the end, to show how much the machine moved.  Those that name
+no chroma interpolate it, as the loader does (rows of before 2026-11-26 12:00 repeat it).
 """
 
 from __future__ import annotations
