@@ -36,10 +36,10 @@ from .fp8_linear import QKNORM_PARTS
 from .tops import Tops, column_tops, hint_size, split_hint
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
-# samples per program: 12,288 programs backward at B = N = 256, and partial sums of 2 MB; with the sums of a bias, which
-# are 1152 numbers a program, 6,144 programs and 28 MB.  All heads of a token at a time
-FORWARD = BACKWARD = Launch(chunk=16, stages=3)
-BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=32, stages=3)
+# samples per program: 3,072 programs backward at B = N = 256, and partial sums of 0.6 MB, of a bias 14 MB more (1152
+# numbers a program).  All heads of a token at a time.  bench/NOTES.md has the times of others
+FORWARD = Launch(chunk=16, stages=3)
+BACKWARD = BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=64, stages=4)
 
 
 @triton.jit
@@ -317,8 +317,8 @@ def _backward_kernel(
         tl.store(top_row + high, top1, inside)
 
 
-def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
-    """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
+def _meta(heads: int, width: int, launch: Launch) -> dict[str, Any]:
+    """Block sizes and warps, with about one piece, eight columns of the head block, a thread.
 
     A piece has at least two columns of the tail, some of them masked: a load of less than four bytes is not prefetched.
     """
@@ -327,7 +327,7 @@ def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, An
     return {
         "HEADS": heads, "DH": width, "ROWS": rows, "LANES": lanes, "HEAD": head, "TAIL": max(tail, 2 * lanes),
         "SAMPLES": launch.chunk, "STAGES": launch.stages,
-        **launch.options(min(max(rows * head // (32 * features), 1), 8)),
+        **launch.options(min(max(rows * lanes // 32, 1), 8)),
     }  # fmt: skip
 
 
@@ -375,7 +375,7 @@ def _forward_op(
             _forward_kernel[(2 * tokens * triton.cdiv(batch, FORWARD.chunk),)](
                 qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
                 qkv.stride(0), qkv.stride(1), q.stride(0), eps,
-                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16, FORWARD),
+                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, FORWARD),
             )  # fmt: skip
     return q, k
 
@@ -436,7 +436,7 @@ def launch_backward(
                 qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
                 DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, TOPS=tops is not None,
-                **_meta(heads, width, 8, launch),
+                **_meta(heads, width, launch),
             )  # fmt: skip
     if tops is not None:
         column_tops(parts, tops.columns, count=True)
@@ -565,7 +565,7 @@ def qknorm_rope(
 def _offline() -> list[OfflineCase]:
     """XL: 16 heads of 72, in bfloat16 and float32, backward also with the bias of qkv."""
     cases = []
-    forward = _meta(16, 72, 16, FORWARD)
+    forward = _meta(16, 72, FORWARD)
     for kind in ("*bf16", "*fp32"):
         sizes = {"batch": "i32", "tokens": "i32"}
         tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -590,7 +590,7 @@ def _offline() -> list[OfflineCase]:
             (True, False, BIAS_BACKWARD),
             (False, True, TOPS_BACKWARD),
         ):
-            block = _meta(16, 72, 8, launch) | orders | {"BIAS": bias, "TOPS": tops}
+            block = _meta(16, 72, launch) | orders | {"BIAS": bias, "TOPS": tops}
             cases.append(OfflineCase(_backward_kernel, signature, block, divisible=strides))
     return cases
 
