@@ -324,13 +324,17 @@ def train(work: Work) -> str:
         port = free.getsockname()[1]
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    ranks, where = work.sizes.ranks, ["--num_gpus", str(work.sizes.ranks)]
+    ranks = 1 if work.device.type == "cuda" else work.sizes.ranks
+    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
     if work.device.type == "cuda":  # with --num_gpus the launcher takes GPU 0, whatever CUDA_VISIBLE_DEVICES says
-        visible = environment.pop("CUDA_VISIBLE_DEVICES", "") or "0"
-        ranks, where = 1, ["--include", f"localhost:{visible.split(',')[0]}"]
-    words = [*where, "--master_port", str(port), str(ROOT / "train.py"), "--out", str(work.run)]
-    print(f"$ deepspeed {shlex.join(words)}", flush=True)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *words]
+        visible = (environment.pop("CUDA_VISIBLE_DEVICES", "") or "0").split(",")[0].strip()
+        launcher[1:3] = ["--include", f"localhost:{visible}"]
+        if not visible.isdigit():  # GPU-..., MIG-...: the launcher counts, torchrun leaves the names to CUDA
+            environment["CUDA_VISIBLE_DEVICES"] = visible
+            launcher = ["torch.distributed.run", "--nproc-per-node=1", f"--master-port={port}"]
+    words = [*launcher, str(ROOT / "train.py"), "--out", str(work.run)]
+    print(f"$ python -m {shlex.join(words)}", flush=True)
+    command = [sys.executable, "-m", *words]
     if code := subprocess.run(command, env=environment, check=False).returncode:
         raise UserError("deepspeed train.py", f"ended with {code}", "see above; the same command continues here")
     records = [json.loads(line) for line in (work.run / "metrics.jsonl").read_text().splitlines()]

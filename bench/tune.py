@@ -135,7 +135,7 @@ class Sweep:
         name = ""
 
         def keep(kernel: str, built: Any, options: dict[str, Any]) -> None:
-            if "reduce" not in kernel:
+            if kernel not in ("_reduce_kernel", "_sum_kernel"):  # the second stage of a reduction
                 seen[name] = built, options
 
         with ExitStack() as stack:

@@ -28,7 +28,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ours eager": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off"}},
     "ours regional": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional"}},
     "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
-    "ours fp8": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional", "precision": "fp8"}},
+    "ours fp8": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "precision": "fp8", "cuda_graph": "off"},
+    },
+    "ours fp8 graph": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "precision": "fp8", "cuda_graph": "on"},
+    },
     "ours regional graph": {
         "model": OURS["model"],
         "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"},

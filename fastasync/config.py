@@ -118,7 +118,7 @@ class Train:
     precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # fp8: the block linears
     compile: str = _choice("off", "off", "regional", "model")
     memory: str = _choice("auto", "auto", "none", "selective", "full")  # what is recomputed; auto: until it fits
-    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay the step; auto: where launches take most of it
+    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay the step; auto: small ones, fp8 if it fits
     device: str = _choice("auto", "auto", "cpu", "cuda")
     engine: str = _choice("auto", "auto", "plain", "deepspeed")  # auto: deepspeed where a launcher started several
     zero: int = _number(1, 0, 3)  # DeepSpeed's stage; the plain engine has none

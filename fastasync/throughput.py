@@ -68,11 +68,11 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measure
     if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch):
         wanted = "ours graph"
     if train.precision == "fp8":
-        wanted = "ours fp8"
+        wanted = "ours fp8" if train.cuda_graph == "off" else "ours fp8 graph"
 
     def tells(row: Measured) -> bool:
         """Another way to compile says something about this run, another implementation or precision does not."""
-        return row.variant.startswith(by) and (row.variant == "ours fp8") == (train.precision == "fp8")
+        return row.variant.startswith(by) and (" fp8" in row.variant) == (train.precision == "fp8")
 
     def distance(row: Measured) -> tuple[float, bool]:
         return round(abs(math.log(row.flops / flops)), 2), row.variant != wanted

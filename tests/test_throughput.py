@@ -85,6 +85,7 @@ def test_which_row_counts(results):
         {"images_per_s": 3, "date": "2026-11-25 01:00:00", "variant": "pytorch regional"},
         {"images_per_s": 4, "date": "2026-11-25 01:00:00", "variant": "ours whole"},
         {"images_per_s": 5, "date": "2026-11-25 01:00:00", "variant": "ours fp8", "dtype": "fp8"},
+        {"images_per_s": 9, "date": "2026-11-24 01:00:00", "variant": "ours fp8 graph", "dtype": "fp8"},
         {"images_per_s": 6, "date": "2026-11-24 01:00:00"},
         {"images_per_s": 7, "date": "2026-11-24 02:00:00"},
         {"images_per_s": "", "date": "2026-11-25 02:00:00"},
@@ -102,7 +103,8 @@ def test_which_row_counts(results):
     assert chosen() == 7  # this network and variant, the newest
     assert chosen("train.compile=model") == 4
     assert chosen("train.compile=off") == 4  # not measured: the newest of ours for this network
-    assert chosen("train.precision=fp8") == 5
+    assert chosen("train.precision=fp8") == 9
+    assert chosen("train.precision=fp8", "train.cuda_graph=off") == 5
     assert chosen("model.kernels=reference") == 3
     assert chosen("train.precision=fp32") is None
     assert choose_step(xl, XL // 2, found).images_per_s == 8

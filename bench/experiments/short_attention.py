@@ -36,7 +36,6 @@ from fastasync_kernels import qknorm_rope, reference
 from fastasync_kernels._common import OfflineCase, check_tensor, on_device
 from fastasync_kernels._rows import head_and_tail
 from fastasync_kernels.attention import attention, available_backends
-from fastasync_kernels.qknorm_rope import _pairs
 from torch import Tensor
 
 from bench.harness import RESULTS, Bench, Operation, Row, check, device_name, write_rows
@@ -80,6 +79,12 @@ TILES = (  # 4 warps leave room for two or three programs on a multiprocessor, 8
     Tile(64, 1, 256, 8, 1),  # all keys at once from here on
     Tile(64, 4, 256, 8, 1),  # and normalised once for a head
 )
+
+
+@triton.jit
+def _pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """[ROWS, LENGTH] -> its even and its odd columns, each [ROWS, LENGTH // 2]."""
+    return tl.split(tl.reshape(x, [ROWS, LENGTH // 2, 2]))
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from fastasync.model import train_flops
 # size, batch, variants; the order is that of importance
 PLANS = (
     ("XL", 256, ("pytorch regional", "ours regional", "ours fp8")),
-    ("XL", 256, ("ours regional graph",)),  # alone: a recording keeps its activations' memory
+    ("XL", 256, ("ours fp8 graph",)),  # alone: a recording keeps its activations' memory
+    ("XL", 256, ("ours regional graph",)),
     ("cifar10", 256, ("ours graph uncompiled", "ours graph", "pytorch whole", "ours whole")),
     ("B", 256, ("pytorch regional", "ours regional")),
     ("XL", 256, ("pytorch whole", "ours whole")),

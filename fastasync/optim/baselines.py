@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastasync.errors import UserError
-from fastasync.optim.ema import Combine, EmaInterface, check_gradient, check_max_norm, restore_precision
+from fastasync.optim.ema import (
+    Combine,
+    EmaInterface,
+    check_gradient,
+    check_max_norm,
+    norm_of_nothing,
+    restore_precision,
+)
 
 
 class SeparateEma(EmaInterface):
@@ -51,7 +58,7 @@ class SeparateEma(EmaInterface):
         limit = check_max_norm(max_norm)
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
-            return torch.zeros(())
+            return norm_of_nothing(self, combine)
         grads = [check_gradient(p.grad) for p in params]
         norm = get_total_norm([_wide(grad) for grad in grads]) * abs(grad_scale)
         if combine is not None:

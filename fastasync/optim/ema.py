@@ -67,6 +67,12 @@ def check_max_norm(max_norm: float | None) -> float:
     return float("inf") if max_norm is None else float(max_norm)
 
 
+def norm_of_nothing(optimizer: Optimizer, combine: Combine | None) -> Tensor:
+    """The norm where no parameter has a gradient: ``combine`` is called all the same, as other ranks wait in it."""
+    norm = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
+    return norm if combine is None else combine(norm)
+
+
 def check_gradient(grad: Tensor) -> Tensor:
     if grad.is_sparse:
         raise UserError("optimizer", "a sparse gradient", "build the embedding with sparse=False")

@@ -13,7 +13,14 @@ from torch.autograd.graph import increment_version
 
 from fastasync.errors import UserError
 from fastasync.optim import library
-from fastasync.optim.ema import Combine, EmaInterface, check_gradient, check_max_norm, restore_precision
+from fastasync.optim.ema import (
+    Combine,
+    EmaInterface,
+    check_gradient,
+    check_max_norm,
+    norm_of_nothing,
+    restore_precision,
+)
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -197,7 +204,7 @@ class FusedAdamW(EmaInterface):
         for p in every:
             check_gradient(p.grad)
         if not every:
-            return None if max_norm is None else torch.zeros(())
+            return None if max_norm is None else norm_of_nothing(self, combine)
         native = self._library(every)
         if native is None or any(p.grad.dtype not in _NATIVE_DTYPES for p in every):
             return _torch_update([(group, self._slots(group)) for group, _ in groups], max_norm, grad_scale, combine)

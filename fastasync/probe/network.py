@@ -245,7 +245,9 @@ def surface_step(
         trainer.update(loss)
         return (loss.detach(),)
 
-    return GraphedStep(compute, torch.device(device)) if recorded else compute  # type: ignore[return-value]
+    if not recorded:
+        return compute
+    return GraphedStep(compute, torch.device(device), lambda: trainer.optimizer.zero_grad(set_to_none=True))  # type: ignore[return-value]
 
 
 def train_surface_probe(

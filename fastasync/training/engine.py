@@ -153,7 +153,7 @@ class PlainEngine:
         step_flops = train_flops(self.model) * train.batch
         self._graphed: GraphedStep | None = None
         self._lr: Tensor | None = None  # read by a recorded step
-        if wants_graph(train.cuda_graph, device, self.optimizer, step_flops):
+        if wants_graph(train.cuda_graph, device, self.optimizer, step_flops, train.precision):
             self._lr = torch.zeros((), dtype=torch.float32, device=device)
 
     def positions(self) -> list[Tensor]:
@@ -181,7 +181,10 @@ class PlainEngine:
         fixed = self._lr.fill_(lr)
         if self._graphed is None:
             self._graphed = GraphedStep(
-                lambda step, parts: (compute(step, parts), self.step(fixed, limit)), self.device
+                lambda step, parts: (compute(step, parts), self.step(fixed, limit)),
+                self.device,
+                undo=lambda: self.optimizer.zero_grad(set_to_none=True),
+                careful=self._train.cuda_graph == "auto",
             )
         values, norm = self._graphed(step, parts)
         return values, norm

@@ -1,13 +1,18 @@
-"""One training step as a CUDA graph: a network so small that launching its kernels takes longer than running them.
+"""One training step as a CUDA graph, where launching its kernels takes time that running them does not hide.
 
 Everything that the device does in a step is recorded once and replayed.  What changes from step to step reaches it
 through fixed memory: the batch, the times (drawn on the CPU), the learning rate, and the step number, from which the
 kernels draw their noise.
+
+A recording keeps the memory of a whole step for itself.  So ``train.cuda_graph=auto`` records what gains by it (small
+networks, and fp8 with its many short kernels) after the first steps, if the memory that they were seen to need is free
+with a quarter to spare.  Where a recording runs out of memory all the same, steps go on as they were.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +24,8 @@ from fastasync.optim import EmaInterface, FusedAdamW
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
 LAUNCH_BOUND = 5e12  # FLOPs of a step below which `auto` records it: a few milliseconds of work on a large GPU
+SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
+_log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -39,8 +46,8 @@ def launch_bound(choice: str, step_flops: float) -> bool:
     return choice == "on" or (choice == "auto" and step_flops < LAUNCH_BOUND)
 
 
-def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float) -> bool:
-    """Whether a run's steps are recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, where it can be).
+def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float, precision: str) -> bool:
+    """Whether a run's steps are to be recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, and fp8).
 
     Raises UserError for ``on`` without CUDA or without the compiled optimizer: the others read numbers on the host.
     """
@@ -48,7 +55,31 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     if choice == "on" and not possible:
         remedy = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
         raise UserError("train.cuda_graph", choice, remedy)
-    return possible and launch_bound(choice, step_flops)
+    return possible and (launch_bound(choice, step_flops) or (choice == "auto" and precision == "fp8"))
+
+
+class Memory(NamedTuple):
+    """Bytes of a device: what a step needs besides what stays (at most), and what is free between two steps."""
+
+    needed: int
+    free: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether a recording has room."""
+        return self.free >= SPARE * self.needed
+
+
+def measured_memory(device: torch.device) -> Memory:
+    """``Memory`` as the steps so far have shown it; what the allocator only holds in reserve counts as free."""
+    stays = torch.cuda.memory_allocated(device)
+    reserve = torch.cuda.memory_reserved(device) - stays
+    return Memory(torch.cuda.max_memory_allocated(device) - stays, torch.cuda.mem_get_info(device)[0] + reserve)
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether it is, or came from, the device's memory running out."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _out_of_memory(error.__context__))
 
 
 class GraphedStep:
@@ -56,36 +87,80 @@ class GraphedStep:
 
     ``function`` must do the same work at every step, wait for nothing, and depend on what changes only through its
     arguments (shapes are fixed).  The returned tensors are overwritten by the next call.
+
+    It is not recorded where a recording runs out of memory; ``undo`` is called then, and must take back what the host
+    remembers of a call that ended half way (gradients).  With ``careful`` it is not even tried unless
+    ``measured_memory`` is enough.
     """
 
-    def __init__(self, function: StepFunction, device: torch.device):
-        self._function, self._device, self._calls = function, device, 0
+    def __init__(
+        self,
+        function: StepFunction,
+        device: torch.device,
+        undo: Callable[[], None] = lambda: None,
+        careful: bool = False,
+    ):
+        self._function, self._device, self._undo, self._careful = function, device, undo, careful
+        self._calls, self._eager = 0, False
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._parts: list[Part] = []
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, step: int, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         self._step.fill_(step)
         self._calls += 1
-        if self._calls <= WARM_UP:
-            return self._aside(lambda: self._function(self._step, parts))
-        if self._replay is None:
-            self._parts = [Part(*(None if value is None else value.clone() for value in part)) for part in parts]  # type: ignore[arg-type]
-            self._replay = self._record(lambda: self._function(self._step, self._parts))
-        else:
+        if self._calls == WARM_UP + 1:
+            self._replay = self._recording(parts)
+        elif self._replay is not None:
             for fixed, part in zip(self._parts, parts, strict=True):
                 for target, value in zip(fixed, part):
                     if target is not None and value is not None:
                         target.copy_(value)
+        if self._replay is None:
+            return self._aside(lambda: self._function(self._step, parts))
         return self._replay()
+
+    def _recording(self, parts: Sequence[Part]) -> Callable[[], tuple[Tensor, ...]] | None:
+        """What replays a step, recorded on copies of ``parts``; None where there is no room for it."""
+        if self._careful:
+            memory = self._memory()
+            said = f"a step needs up to {memory.needed / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB are free"
+            if not memory.enough:
+                _log.info("steps are not recorded: %s (train.cuda_graph=on records all the same)", said)
+                return None
+            _log.info("steps are recorded as a CUDA graph: %s", said)
+        fixed = [[None if value is None else value.clone() for value in part] for part in parts]
+        self._parts = [Part(*values) for values in fixed]  # type: ignore[arg-type]
+        try:
+            return self._record(lambda: self._function(self._step, self._parts))
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        # outside of the handler: there the error keeps what it has passed through alive
+        self._parts = []
+        self._undo()
+        self._release()
+        _log.warning("steps are not recorded: a recording ran out of memory (train.cuda_graph=off does not try)")
+        return None
+
+    def _memory(self) -> Memory:
+        return measured_memory(self._device)
+
+    def _release(self) -> None:
+        """Give back what a recording that failed has held."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _aside(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run on a side stream, as a recording will: gradients remember the stream that they were first made on."""
-        here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # one: the allocator keeps memory for each stream apart
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
             out = run()
-        here.wait_stream(aside)
+        here.wait_stream(self._stream)
         for tensor in out:
             tensor.record_stream(here)
         return out
@@ -97,8 +172,10 @@ class GraphedStep:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            # records, and runs nothing; a loader's thread may use CUDA meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # records, and runs nothing; a loader's thread may use CUDA meanwhile.  The outer context: a recording that
+            # cannot even be ended would leave its stream the current one
+            here = torch.cuda.stream(torch.cuda.current_stream(self._device))
+            with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = run()
         finally:
             if collecting:

@@ -1,7 +1,8 @@
 """Sums over rows, ``out[g] = sum over r of x[g, r]``: the last stage of reductions whose first left partial sums.
 
-A few hundred rows of float32, always added in the same order.  torch's own reduction of so few numbers is a block of
-threads wide and took 7 to 11 microseconds on an H200 (bench/NOTES.md); here every 16 columns are a program.
+Up to a few thousand rows of float32, always added in the same order.  torch's own reduction of so few numbers is a
+block of threads wide and took 7 to 19 microseconds on an H200 (bench/NOTES.md); here every 8 columns are a program, and
+many rows are read at a time, as it is the latency of a read that costs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ._common import Launch, OfflineCase, on_device
 
-LAUNCH = Launch(rows=128, columns=16, warps=4)
+LAUNCH = Launch(rows=512, columns=8, warps=8)
 
 
 @triton.jit

@@ -36,27 +36,54 @@ from .fp8_linear import QKNORM_PARTS
 from .tops import Tops, column_tops, hint_size, split_hint
 
 LAYOUTS = ("bnhd", "bhnd")  # memory order of q and k; the shape is [B, heads, N, Dh] for both
-# samples per program: 12,288 programs backward at B = N = 256, and partial sums of 2 MB; with the sums of a bias, which
-# are 1152 numbers a program, 6,144 programs and 28 MB.  All heads of a token at a time
-FORWARD = BACKWARD = Launch(chunk=16, stages=3)
-BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=32, stages=3)
+# samples per program: 3,072 programs backward at B = N = 256, and partial sums of 0.6 MB, of a bias 14 MB more (1152
+# numbers a program).  All heads of a token at a time.  bench/NOTES.md has the times of others
+FORWARD = Launch(chunk=16, stages=3)
+BACKWARD = BIAS_BACKWARD = TOPS_BACKWARD = Launch(chunk=64, stages=4)
 
 
 @triton.jit
-def _pairs(x, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """[ROWS, LENGTH] -> its even and its odd columns, each [ROWS, LENGTH // 2]."""
-    return tl.split(tl.reshape(x, [ROWS, LENGTH // 2, 2]))
+def _pairs(x):
+    """[PIECES, LENGTH] -> its even and its odd columns, each [PIECES, LENGTH // 2]."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit
-def _table(weight_ptr, cos_ptr, sin_ptr, START: tl.constexpr, LENGTH: tl.constexpr, DH: tl.constexpr):
-    """weight, cos and sin of columns START.. of one token, as even and odd halves [1, LENGTH // 2], float32."""
-    column = START + tl.arange(0, LENGTH)[None, :]
+def _joined(even, odd):
+    """[PIECES, LENGTH // 2] twice -> [PIECES, LENGTH], ``_pairs`` undone."""
+    return tl.reshape(tl.join(even, odd), [even.shape[0], 2 * even.shape[1]])
+
+
+@triton.jit
+def _places(ROWS: tl.constexpr, LANES: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Row [ROWS * LANES, 1] and columns of every piece of a head block and of the tail block behind it.
+
+    Each of ROWS rows is LANES pieces, of HEAD // LANES columns and of TAIL // LANES.  With the same pieces a thread
+    holds parts of the same row in both blocks; where it does not, the compiler computes the head block twice, once in
+    each layout.
+    """
+    piece = tl.arange(0, ROWS * LANES)[:, None]
+    lane = piece % LANES
+    low = lane * (HEAD // LANES) + tl.arange(0, HEAD // LANES)[None, :]
+    high = HEAD + lane * (TAIL // LANES) + tl.arange(0, TAIL // LANES)[None, :]
+    return piece // LANES, low, high
+
+
+@triton.jit
+def _table(weight_ptr, cos_ptr, sin_ptr, column, DH: tl.constexpr):
+    """weight, cos and sin of these columns of one token, as even and odd halves, float32."""
     inside = column < DH
-    weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32), 1, LENGTH)
-    cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0), 1, LENGTH)
-    sin_e, sin_o = _pairs(tl.load(sin_ptr + column, inside, 0.0), 1, LENGTH)
+    weight_e, weight_o = _pairs(tl.load(weight_ptr + column, inside, 0.0).to(tl.float32))
+    cos_e, cos_o = _pairs(tl.load(cos_ptr + column, inside, 0.0))
+    sin_e, sin_o = _pairs(tl.load(sin_ptr + column, inside, 0.0))
     return weight_e, weight_o, cos_e, cos_o, sin_e, sin_o
+
+
+@triton.jit
+def _row_sums(head, tail, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The sums of the rows of both blocks together, at each of their pieces: [ROWS * LANES, 1]."""
+    total = tl.sum(tl.reshape(tl.sum(head, 1) + tl.sum(tail, 1), [ROWS, LANES]), 1)
+    return tl.reshape(tl.broadcast_to(total[:, None], [ROWS, LANES]), [ROWS * LANES, 1])
 
 
 @triton.jit
@@ -89,16 +116,15 @@ def _forward_kernel(
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 2)
-    row = tl.arange(0, ROWS)[:, None]
+    row, low, high = _places(ROWS, LANES, HEAD, TAIL)
     here = row < HEADS
-    low = tl.arange(0, HEAD)[None, :]
-    high = HEAD + tl.arange(0, TAIL)[None, :]
     inside = here & (high < DH)
     if part == 0:
         weight_ptr = q_weight_ptr
@@ -108,24 +134,23 @@ def _forward_kernel(
         out_ptr = k_ptr
     cos_ptr += token * DH
     sin_ptr += token * DH
-    w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
-    w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+    w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, low, DH)
+    w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, high, DH)
     source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
     target = out_ptr + token.to(tl.int64) * OUT_N + row * OUT_H
     kind: tl.constexpr = q_ptr.dtype.element_ty
 
     for sample in tl.range(first, tl.minimum(first + SAMPLES, batch), num_stages=STAGES):
         x_row = source + tl.cast(sample, tl.int64) * qkv_b
-        e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-        e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
-        square = tl.sum(e0 * e0 + o0 * o0, 1) + tl.sum(e1 * e1 + o1 * o1, 1)
-        r = tl.rsqrt(square / DH + eps)[:, None]
+        e0, o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32))
+        e1, o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32))
+        r = tl.rsqrt(_row_sums(e0 * e0 + o0 * o0, e1 * e1 + o1 * o1, ROWS, LANES) / DH + eps)
         e0 *= r * w_e0
         o0 *= r * w_o0
         e1 *= r * w_e1
         o1 *= r * w_o1
-        out0 = tl.reshape(tl.join(e0 * cos_e0 - o0 * sin_e0, o0 * cos_o0 + e0 * sin_o0), [ROWS, HEAD])
-        out1 = tl.reshape(tl.join(e1 * cos_e1 - o1 * sin_e1, o1 * cos_o1 + e1 * sin_o1), [ROWS, TAIL])
+        out0 = _joined(e0 * cos_e0 - o0 * sin_e0, o0 * cos_o0 + e0 * sin_o0)
+        out1 = _joined(e1 * cos_e1 - o1 * sin_e1, o1 * cos_o1 + e1 * sin_o1)
         out_row = target + tl.cast(sample, tl.int64) * out_b
         tl.store(out_row + low, out0.to(kind), here)
         tl.store(out_row + high, out1.to(kind), inside)
@@ -173,27 +198,26 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     DH: tl.constexpr,
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     SAMPLES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     part, token, first = _place(tokens, SAMPLES, 3)
-    row = tl.arange(0, ROWS)[:, None]
+    row, low, high = _places(ROWS, LANES, HEAD, TAIL)
     here = row < HEADS
-    low = tl.arange(0, HEAD)[None, :]
-    high = HEAD + tl.arange(0, TAIL)[None, :]
     inside = here & (high < DH)
     last = tl.minimum(first + SAMPLES, batch)
     target = dqkv_ptr + token.to(tl.int64) * (3 * HEADS * DH) + part * HEADS * DH + row * DH
     packed = tl.cast(tokens, tl.int64) * (3 * HEADS * DH)  # elements of one sample of the packed gradient
     kind: tl.constexpr = dqkv_ptr.dtype.element_ty
     if BIAS:
-        bias0 = tl.zeros([ROWS, HEAD], tl.float32)
-        bias1 = tl.zeros([ROWS, TAIL], tl.float32)
+        bias0 = tl.zeros([ROWS * LANES, HEAD // LANES], tl.float32)
+        bias1 = tl.zeros([ROWS * LANES, TAIL // LANES], tl.float32)
     if TOPS:
-        top0 = tl.zeros([ROWS, HEAD], tl.float32)
-        top1 = tl.zeros([ROWS, TAIL], tl.float32)
+        top0 = tl.zeros([ROWS * LANES, HEAD // LANES], tl.float32)
+        top1 = tl.zeros([ROWS * LANES, TAIL // LANES], tl.float32)
         row_top_ptr += token.to(tl.int64) * 12 + part * 4 + tl.arange(0, 4)
 
     if part == 2:
@@ -226,30 +250,31 @@ def _backward_kernel(
             g_b = dk_b
         cos_ptr += token * DH
         sin_ptr += token * DH
-        w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, 0, HEAD, DH)
-        w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, HEAD, TAIL, DH)
+        w_e0, w_o0, cos_e0, cos_o0, sin_e0, sin_o0 = _table(weight_ptr, cos_ptr, sin_ptr, low, DH)
+        w_e1, w_o1, cos_e1, cos_o1, sin_e1, sin_o1 = _table(weight_ptr, cos_ptr, sin_ptr, high, DH)
         source = qkv_ptr + token.to(tl.int64) * qkv_n + part * HEADS * DH + row * DH
-        sum_e0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
-        sum_o0 = tl.zeros([ROWS, HEAD // 2], tl.float32)
-        sum_e1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
-        sum_o1 = tl.zeros([ROWS, TAIL // 2], tl.float32)
+        sum_e0 = tl.zeros([ROWS * LANES, HEAD // LANES // 2], tl.float32)
+        sum_o0 = tl.zeros([ROWS * LANES, HEAD // LANES // 2], tl.float32)
+        sum_e1 = tl.zeros([ROWS * LANES, TAIL // LANES // 2], tl.float32)
+        sum_o1 = tl.zeros([ROWS * LANES, TAIL // LANES // 2], tl.float32)
         for sample in tl.range(first, last, num_stages=STAGES):
             x_row = source + tl.cast(sample, tl.int64) * qkv_b
             g_row = incoming + tl.cast(sample, tl.int64) * g_b
-            x_e0, x_o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-            x_e1, x_o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
-            g_e0, g_o0 = _pairs(tl.load(g_row + low, here, 0.0).to(tl.float32), ROWS, HEAD)
-            g_e1, g_o1 = _pairs(tl.load(g_row + high, inside, 0.0).to(tl.float32), ROWS, TAIL)
+            x_e0, x_o0 = _pairs(tl.load(x_row + low, here, 0.0).to(tl.float32))
+            x_e1, x_o1 = _pairs(tl.load(x_row + high, inside, 0.0).to(tl.float32))
+            g_e0, g_o0 = _pairs(tl.load(g_row + low, here, 0.0).to(tl.float32))
+            g_e1, g_o1 = _pairs(tl.load(g_row + high, inside, 0.0).to(tl.float32))
             z_e0 = g_e0 * cos_e0 + g_o0 * sin_o0
             z_o0 = g_o0 * cos_o0 - g_e0 * sin_e0
             z_e1 = g_e1 * cos_e1 + g_o1 * sin_o1
             z_o1 = g_o1 * cos_o1 - g_e1 * sin_e1
             # both row sums before r is known: mean(dz weight x r) = r sum(dz weight x) / Dh
-            square = tl.sum(x_e0 * x_e0 + x_o0 * x_o0, 1) + tl.sum(x_e1 * x_e1 + x_o1 * x_o1, 1)
-            product = tl.sum(z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0, 1)
-            product += tl.sum(z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1, 1)
-            r = tl.rsqrt(square / DH + eps)[:, None]
-            mean = product[:, None] * r / DH
+            square = _row_sums(x_e0 * x_e0 + x_o0 * x_o0, x_e1 * x_e1 + x_o1 * x_o1, ROWS, LANES)
+            product0 = z_e0 * w_e0 * x_e0 + z_o0 * w_o0 * x_o0
+            product1 = z_e1 * w_e1 * x_e1 + z_o1 * w_o1 * x_o1
+            product = _row_sums(product0, product1, ROWS, LANES)
+            r = tl.rsqrt(square / DH + eps)
+            mean = product * r / DH
             n_e0 = x_e0 * r
             n_o0 = x_o0 * r
             n_e1 = x_e1 * r
@@ -258,8 +283,8 @@ def _backward_kernel(
             sum_o0 += z_o0 * n_o0
             sum_e1 += z_e1 * n_e1
             sum_o1 += z_o1 * n_o1
-            dx0 = tl.reshape(tl.join(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean)), [ROWS, HEAD])
-            dx1 = tl.reshape(tl.join(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean)), [ROWS, TAIL])
+            dx0 = _joined(r * (z_e0 * w_e0 - n_e0 * mean), r * (z_o0 * w_o0 - n_o0 * mean))
+            dx1 = _joined(r * (z_e1 * w_e1 - n_e1 * mean), r * (z_o1 * w_o1 - n_o1 * mean))
             out_row = target + sample * packed
             rounded0 = dx0.to(kind)
             rounded1 = dx1.to(kind)
@@ -278,10 +303,10 @@ def _backward_kernel(
         # partial sums [2 (q, k), programs of that part, DH]
         share = (part * (tl.num_programs(0) // 3) + tl.program_id(0) // 3) * DH
         partial = partial_ptr + share.to(tl.int64)
-        sum0 = tl.reshape(tl.join(tl.sum(sum_e0, 0), tl.sum(sum_o0, 0)), [HEAD])
-        sum1 = tl.reshape(tl.join(tl.sum(sum_e1, 0), tl.sum(sum_o1, 0)), [TAIL])
-        tl.store(partial + tl.arange(0, HEAD), sum0)
-        tl.store(partial + HEAD + tl.arange(0, TAIL), sum1, HEAD + tl.arange(0, TAIL) < DH)
+        column0 = tl.arange(0, HEAD)
+        column1 = HEAD + tl.arange(0, TAIL)
+        tl.store(partial + column0, tl.sum(tl.reshape(_joined(sum_e0, sum_o0), [ROWS, HEAD]), 0))
+        tl.store(partial + column1, tl.sum(tl.reshape(_joined(sum_e1, sum_o1), [ROWS, TAIL]), 0), column1 < DH)
     if BIAS:  # partial sums [programs of a part, 3 (q, k, v), HEADS * DH]: the parts vary fastest over the programs
         bias_row = bias_partial_ptr + tl.program_id(0).to(tl.int64) * (HEADS * DH) + row * DH
         tl.store(bias_row + low, bias0, here)
@@ -292,17 +317,17 @@ def _backward_kernel(
         tl.store(top_row + high, top1, inside)
 
 
-def _meta(heads: int, width: int, features: int, launch: Launch) -> dict[str, Any]:
-    """Block sizes and warps, with about ``features`` of the head block a thread: 16 forward, 8 backward (registers).
+def _meta(heads: int, width: int, launch: Launch) -> dict[str, Any]:
+    """Block sizes and warps, with about one piece, eight columns of the head block, a thread.
 
-    The tail has at least two a thread (some masked): a load of less than four bytes is not prefetched.
+    A piece has at least two columns of the tail, some of them masked: a load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
-    rows = triton.next_power_of_2(heads)
-    options = launch.options(min(max(rows * head // (32 * features), 1), 8))
+    rows, lanes = triton.next_power_of_2(heads), max(head // 8, 1)
     return {
-        "HEADS": heads, "DH": width, "ROWS": rows, "HEAD": head, "TAIL": max(tail, 64 * options["num_warps"] // rows),
-        "SAMPLES": launch.chunk, "STAGES": launch.stages, **options,
+        "HEADS": heads, "DH": width, "ROWS": rows, "LANES": lanes, "HEAD": head, "TAIL": max(tail, 2 * lanes),
+        "SAMPLES": launch.chunk, "STAGES": launch.stages,
+        **launch.options(min(max(rows * lanes // 32, 1), 8)),
     }  # fmt: skip
 
 
@@ -350,7 +375,7 @@ def _forward_op(
             _forward_kernel[(2 * tokens * triton.cdiv(batch, FORWARD.chunk),)](
                 qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
                 qkv.stride(0), qkv.stride(1), q.stride(0), eps,
-                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, 16, FORWARD),
+                OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, FORWARD),
             )  # fmt: skip
     return q, k
 
@@ -411,7 +436,7 @@ def launch_backward(
                 qkv.stride(0), qkv.stride(1), dq.stride(0), dk.stride(0), dv.stride(0), eps,
                 DQ_H=dq.stride(1), DQ_N=dq.stride(2), DK_H=dk.stride(1), DK_N=dk.stride(2),
                 DV_H=dv.stride(1), DV_N=dv.stride(2), BIAS=bias is not None, TOPS=tops is not None,
-                **_meta(heads, width, 8, launch),
+                **_meta(heads, width, launch),
             )  # fmt: skip
     if tops is not None:
         column_tops(parts, tops.columns, count=True)
@@ -540,7 +565,7 @@ def qknorm_rope(
 def _offline() -> list[OfflineCase]:
     """XL: 16 heads of 72, in bfloat16 and float32, backward also with the bias of qkv."""
     cases = []
-    forward = _meta(16, 72, 16, FORWARD)
+    forward = _meta(16, 72, FORWARD)
     for kind in ("*bf16", "*fp32"):
         sizes = {"batch": "i32", "tokens": "i32"}
         tables = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
@@ -565,7 +590,7 @@ def _offline() -> list[OfflineCase]:
             (True, False, BIAS_BACKWARD),
             (False, True, TOPS_BACKWARD),
         ):
-            block = _meta(16, 72, 8, launch) | orders | {"BIAS": bias, "TOPS": tops}
+            block = _meta(16, 72, launch) | orders | {"BIAS": bias, "TOPS": tops}
             cases.append(OfflineCase(_backward_kernel, signature, block, divisible=strides))
     return cases
 

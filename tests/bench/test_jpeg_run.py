@@ -133,6 +133,12 @@ def test_the_launcher_takes_the_gpu_that_is_visible(tmp_path, monkeypatch):
         assert command[command.index("--include") + 1] == chosen
         assert "--num_gpus" not in command
         assert "CUDA_VISIBLE_DEVICES" not in environment
+    for name in ("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-0b2c1d5e-58d1-5a0c-9a1c-2f1f7c8a1b2d"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{name},GPU-another")
+        jpeg_run.train(SimpleNamespace(device=torch.device("cuda"), sizes=size, run=tmp_path))
+        command, environment = calls.pop()
+        assert command[2:4] == ["torch.distributed.run", "--nproc-per-node=1"]
+        assert environment["CUDA_VISIBLE_DEVICES"] == name  # whole: a number in it is not an index
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

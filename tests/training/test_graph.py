@@ -1,5 +1,7 @@
 """Recorded steps: the same training from fixed memory, and who gets a recording."""
 
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,13 +9,17 @@ from safetensors.torch import load_file
 from fastasync.errors import UserError
 from fastasync.optim import FusedAdamW, build_optimizer
 from fastasync.training import PlainEngine, build_model, engine
-from fastasync.training.graph import LAUNCH_BOUND, WARM_UP, GraphedStep, Part, wants_graph
+from fastasync.training.graph import LAUNCH_BOUND, SPARE, WARM_UP, GraphedStep, Memory, Part, wants_graph
 
 
 class Pretend(GraphedStep):
     """A recording that runs its function again, on the fixed memory, where a CUDA graph would replay it."""
 
     recorded = 0
+    memory = Memory(100, 125)
+
+    def _memory(self):
+        return self.memory
 
     def _aside(self, run):
         return run()
@@ -35,6 +41,63 @@ def test_training_from_fixed_memory_is_the_same(tmp_path, tiny, run, monkeypatch
         assert (plain / name).read_bytes() == (recorded / name).read_bytes(), name
 
 
+class Full(Pretend):
+    """A recording for which the memory ends when the gradients are already there."""
+
+    def _record(self, run):
+        super()._record(run)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PlainEngine, "step", out_of_memory)
+            run()
+
+
+def out_of_memory(*_):
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    except torch.OutOfMemoryError as error:  # torch hides it behind the second one
+        raise RuntimeError("the recording cannot be ended") from error
+
+
+def test_a_recording_without_memory_leaves_the_training_as_it_was(tmp_path, tiny, run, monkeypatch, caplog):
+    config = tiny(train=dict(steps=8, accumulate=2, log_every=1, lr=2.0**-6, warmup=4))
+    plain = run(config, tmp_path / "plain").checkpoint
+    monkeypatch.setattr(Full, "recorded", 0)
+    monkeypatch.setattr(engine, "GraphedStep", Full)
+    monkeypatch.setattr(engine, "wants_graph", lambda *_: True)
+    tried = run(config, tmp_path / "tried").checkpoint
+    assert Full.recorded == 1  # and not once more at each of the steps that follow
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "ran out of memory" in r.msg]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        assert (plain / name).read_bytes() == (tried / name).read_bytes(), name
+
+
+def test_other_errors_of_a_recording_are_not_hidden():
+    class Broken(Pretend):
+        def _record(self, run):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    step = Broken(lambda *_: (), torch.device("cpu"))
+    for number in range(WARM_UP):
+        step(number, [])
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step(WARM_UP, [])
+
+
+@pytest.mark.parametrize(("memory", "records"), [(Memory(100, 125), 1), (Memory(100, 124), 0)])
+def test_auto_records_where_the_memory_is_free(monkeypatch, caplog, memory, records):
+    assert SPARE == 1.25
+    caplog.set_level(logging.INFO, "fastasync")
+    monkeypatch.setattr(Pretend, "memory", memory)
+    monkeypatch.setattr(Pretend, "recorded", 0)
+    step = Pretend(lambda step, parts: (step.clone(), parts[0].z + 1), torch.device("cpu"), careful=True)
+    for number in range(WARM_UP + 3):
+        count, z = step(number, [Part(*torch.full((4, 1), float(number)))])
+        assert (int(count), float(z)) == (number, number + 1)
+    assert Pretend.recorded == records
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("steps are recorded as a CUDA graph" if records else "steps are not recorded")
+
+
 def test_changes_only_what_it_is_given():
     seen = []
     step = Pretend(lambda step, parts: (step.double().clone(), parts[0].z + parts[0].tau), torch.device("cpu"))
@@ -54,16 +117,17 @@ def test_who_gets_a_recording(monkeypatch):
     weight = torch.nn.Parameter(torch.ones(2))
     fused, torchs = FusedAdamW([weight]), build_optimizer([weight], "torch")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert not wants_graph("auto", cpu, fused, 1.0)
+    assert not wants_graph("auto", cpu, fused, 1.0, "fp8")
     with pytest.raises(UserError, match=r"train.cuda_graph: on: needs a CUDA device"):
-        wants_graph("on", cpu, fused, 1.0)
+        wants_graph("on", cpu, fused, 1.0, "bf16")
     monkeypatch.setattr(FusedAdamW, "backend", "cuda")
-    assert wants_graph("auto", cuda, fused, LAUNCH_BOUND / 2)
-    assert not wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2)
-    assert wants_graph("on", cuda, fused, LAUNCH_BOUND * 2)
-    assert not wants_graph("off", cuda, fused, 1.0)
+    assert wants_graph("auto", cuda, fused, LAUNCH_BOUND / 2, "bf16")
+    assert not wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2, "bf16")
+    assert wants_graph("on", cuda, fused, LAUNCH_BOUND * 2, "bf16")
+    assert wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2, "fp8")
+    assert not wants_graph("off", cuda, fused, 1.0, "fp8")
     with pytest.raises(UserError, match="compiled AdamW"):
-        wants_graph("on", cuda, torchs, 1.0)
+        wants_graph("on", cuda, torchs, 1.0, "bf16")
 
 
 def test_on_is_refused_without_cuda(tiny):
@@ -84,3 +148,39 @@ def test_recorded_training_on_the_gpu(tmp_path, tiny, run, compiled):
     one, two = (load_file(result.checkpoint / "model.safetensors") for result in (plain, recorded))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_recording_that_runs_out_of_memory_on_the_gpu(caplog):
+    """A real one: the training goes on as without it, and so does the device."""
+    caplog.set_level(logging.INFO, "fastasync")
+
+    def train(record):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(64, 64, device="cuda")
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, capturable=True)
+
+        def function(step, parts):
+            network(parts[0].z).square().mean().backward()
+            if torch.cuda.is_current_stream_capturing():
+                torch.empty(2**46, dtype=torch.uint8, device="cuda")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return (network.weight.detach().sum(),)
+
+        step = function
+        if record:
+            step = GraphedStep(function, torch.device("cuda"), lambda: optimizer.zero_grad(set_to_none=True), True)
+        for number in range(WARM_UP + 4):
+            generator = torch.Generator("cuda").manual_seed(number)
+            z = torch.randn(8, 64, device="cuda", generator=generator)
+            (total,) = step(number, [Part(z, z, z, z)])
+        return network.weight.detach().cpu(), float(total)
+
+    (plain, total), (tried, same) = train(False), train(True)
+    assert torch.equal(plain, tried)
+    assert total == same
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in said] == ["steps are recorded as a CUDA graph", "steps are not recorded"]
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
