@@ -8,20 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import reference
-from fastasync_kernels.gated_mlp import Shape, gated_mlp, refusal
+from fastasync_kernels.gated_mlp import Shape, gated_mlp, plain_mlp, refusal
 from torch import Tensor
 
 from bench.harness import Bench, Operation, with_backward
 from bench.subjects.common import Random, dtypes, kernels, short, sizes
 
 
-def plain(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+def pytorch(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
     return F.linear(reference.swiglu(F.linear(x, w12, b12)), w3, b3)
-
-
-def by_kernels(ops: Any) -> Callable[..., Tensor]:
-    """As the network does without quack: the activation's backward sums the bias's gradient."""
-    return lambda x, w12, b12, w3, b3: F.linear(ops.swiglu(F.linear(x, w12, b12.detach()), bias=b12), w3, b3)
 
 
 def run(bench: Bench) -> None:
@@ -29,9 +24,9 @@ def run(bench: Bench) -> None:
     width, hidden, tokens = size["width"], size["hidden"], size["tokens"]
     (dtype,) = dtypes(bench)
     rows = batch * tokens
-    forms: dict[str, Callable[..., Tensor]] = {"pytorch": plain}
+    forms: dict[str, Callable[..., Tensor]] = {"pytorch": pytorch}
     if (ops := kernels(bench, "mlp")) is not None:
-        forms["triton"] = by_kernels(ops)
+        forms["triton"] = plain_mlp(ops.swiglu)
     if why := refusal(bench.device, dtype, Shape(rows, width, hidden, width)):
         bench.skip("mlp, quack", why)
     else:

@@ -32,10 +32,15 @@ def wide(tensor):
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def product(a, b):
+    with torch.autocast(a.device.type, enabled=False):  # which would round float32's
+        return wide(a) @ wide(b)
+
+
 def gemm_gated(a, b, bias=None, activation=None, store_preact=True, tuned=True, config=None):
     assert activation == "swiglu"
     assert not tuned
-    packed = wide(a) @ wide(b) + wide(bias)
+    packed = product(a, b) + wide(bias)
     gate, up = unpack(packed)
     return packed.to(a.dtype) if store_preact else None, (torch.nn.functional.silu(gate) * up).to(a.dtype)
 
@@ -48,7 +53,7 @@ def gemm_epilogue(outputs, reduces, mode):
     def wrap(function):
         def run(a, b, c, config=None, tuned=True):
             assert not tuned
-            found = function(wide(a) @ wide(b), wide(c))
+            found = function(product(a, b), wide(c))
             assert set(found) == {"D", *outputs, *reduces}
             sums = {name: found[name].sum(0).float() for name in reduces}
             return {"D": found["D"].to(c.dtype), **{name: found[name].to(a.dtype) for name in outputs}, **sums}
