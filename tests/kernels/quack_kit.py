@@ -1,11 +1,15 @@
 """A stand-in for what the package takes from quack-kernels: the same calls in plain PyTorch, on any device."""
 
+import contextlib
 import sys
 import types
 from typing import NamedTuple
 
+import pytest
 import torch
 from fastasync_kernels import gated_mlp
+
+CACHES = gated_mlp._missing, gated_mlp._fault
 
 
 class Row(NamedTuple):
@@ -79,16 +83,20 @@ def modules():
     return made
 
 
-def install(monkeypatch):
-    """quack is there for one test."""
-    for name, stand_in in modules().items():
-        monkeypatch.setitem(sys.modules, name, stand_in)
-    forget(monkeypatch)
+@contextlib.contextmanager
+def installed():
+    """quack is there, inside."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in modules().items():
+            patch.setitem(sys.modules, name, stand_in)
+        forget()
+        yield
+    forget()
 
 
-def forget(monkeypatch):
+def forget():
     """Nothing is known of quack: neither its module here, nor what was found out about it."""
-    monkeypatch.delitem(sys.modules, "fastasync_kernels.quack_products", raising=False)
-    monkeypatch.setattr(gated_mlp, "_choices", {})
-    for cached in (gated_mlp._missing, gated_mlp._fault):
+    sys.modules.pop("fastasync_kernels.quack_products", None)
+    gated_mlp._choices.clear()
+    for cached in CACHES:
         cached.cache_clear()

@@ -1,33 +1,27 @@
 """The network with its MLPs by quack-kernels, of which a stand-in computes the products here."""
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
+import pickle
 
 import pytest
 import torch
-from fastasync_kernels import gated_mlp
+from fastasync_kernels import gated_mlp, reference
 
 from fastasync.errors import UserError
 from fastasync.model import activation_memory
-from fastasync.model.recompute import kept_numbers
+from fastasync.model.dit import select_ops
+from fastasync.training.build import use_fp8
+from tests.kernels import quack_kit
 
-pytest.importorskip("triton")
 HALF = torch.bfloat16
 
 
 @pytest.fixture
-def quack(monkeypatch):
-    """quack's stand-in (tests/kernels/quack_kit.py); names of the operations that were called, in order."""
-    path = Path(__file__).parents[1] / "kernels" / "quack_kit.py"
-    spec = importlib.util.spec_from_file_location("quack_kit", path)
-    kit = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(kit)
-    kit.install(monkeypatch)
+def quack():
+    """quack's stand-in, tests/kernels/quack_kit.py."""
     torch._dynamo.reset()
-    yield sys.modules
-    kit.forget(monkeypatch)
+    with quack_kit.installed():
+        yield
 
 
 @pytest.fixture
@@ -94,3 +88,89 @@ def test_recomputed_eagerly(quack, model, batch, recompute):
     model.set_recompute(recompute)
     found = outputs(model, model, inputs)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_other_dtypes_and_fp8_are_not_quacks(model, batch, monkeypatch):
+    """Chosen for bf16: float32 (an evaluation without autocast, say) and linears in fp8 go their own way."""
+    monkeypatch.setattr(gated_mlp, "gated_mlp", lambda *a: pytest.fail("called"))
+    inputs = batch(model)
+    plain = copy.deepcopy(model)
+    plain._ops = plain._ops._replace(mlp="plain")
+    assert torch.equal(model(*inputs), plain(*inputs))
+    use_fp8(model, torch.device("cpu"), emulate=True)
+    assert {block.mlp.w3.fp8 for block in model.blocks} == {None}  # 88 is no multiple of 16: one of the two is enough
+    model.blocks[0].mlp.w3.fp8 = model.blocks[1].mlp.w12.fp8 = "reference"
+    with pytest.raises(ValueError, match="multiples of 16"), torch.autocast("cpu", HALF):
+        model(*inputs)
+
+
+def test_without_gradients(quack, model, batch):
+    """Of another batch than its weights' gradients were divided for."""
+    inputs = batch(model)
+    for block in model.blocks:
+        block.mlp.w12.parts = block.mlp.w3.parts = 7
+    with torch.autocast("cpu", HALF):
+        with torch.no_grad():
+            found = model(*inputs)
+        for block in model.blocks:
+            block.mlp.w12.parts = block.mlp.w3.parts = 2
+        assert torch.equal(model(*inputs).detach(), found)
+
+
+def kept_bytes(model, inputs):
+    """Bytes that autograd keeps for the backward pass, each storage once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", HALF):
+        out = model(*inputs)
+    del out
+    return sum(kept.values())
+
+
+def test_it_keeps_one_hidden_width_less(quack, build, batch):
+    model = build(1, grid=8, depth=1, width=32, mlp_multiple=8, patch=1)
+    inputs, kept, estimates = batch(model, 16), {}, {}
+    for mlp in ("plain", "quack"):
+        model._ops = select_ops("reference", torch.device("cpu"), "sdpa", mlp)
+        kept[mlp], estimates[mlp] = kept_bytes(model, inputs), activation_memory(model, 16)
+    plane = 16 * 64 * 88 * 2
+    assert estimates["plain"] - estimates["quack"] == plane
+    assert kept["plain"] - kept["quack"] >= plane
+
+
+def test_what_is_chosen(build, monkeypatch):
+    asked = []
+
+    def resolve(backend, swiglu, device, dtype, shape, gradient):
+        asked.append((backend, swiglu, shape, gradient))
+        return "plain" if backend == "plain" else "quack"
+
+    monkeypatch.setattr(gated_mlp, "resolve_mlp", resolve)
+    model = build(2, grid=4, width=32, mlp_multiple=8, kernels="reference")
+    assert model.mlp == "auto"
+    assert model.chosen_mlp == "plain"
+    assert model.choose_mlp(5, HALF) == "plain"  # the reference is PyTorch alone
+    named = build(2, grid=4, width=32, mlp_multiple=8, kernels="reference", mlp="quack")
+    assert named.choose_mlp(5, HALF, gradient=False) == named.chosen_mlp == "quack"
+    named.choose_attention(5, torch.float32)
+    assert named.chosen_mlp == "quack"
+    assert pickle.loads(pickle.dumps(named))._ops == named._ops
+    assert named.to("cpu").chosen_mlp == "plain"  # moved: it has to be chosen again
+    shape = gated_mlp.Shape(80, 32, 88, 32)
+    assert asked == [("plain", reference.swiglu, shape, True), ("quack", reference.swiglu, shape, False)]
+    pytest.importorskip("triton")
+    kernels = build(2, grid=4, width=32, mlp_multiple=8, kernels="triton", mlp="auto")
+    assert kernels.choose_mlp(5, HALF) == "quack"
+    assert asked[-1][0] == "auto"
+
+
+def test_names_and_what_cannot_run_here(build):
+    with pytest.raises(UserError, match=r"model.mlp: fused: choose one of auto, plain, quack"):
+        build(mlp="fused")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with pytest.raises(UserError, match=r"model.mlp: quack: .*needs bfloat16|needs a CUDA device"):
+        build(mlp="quack").to(device).choose_mlp(2, torch.float32)
