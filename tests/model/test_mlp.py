@@ -26,8 +26,8 @@ def quack():
 
 @pytest.fixture
 def model(build):
-    """Two blocks, width 32 and hidden width 88, whose MLPs are quack's."""
-    made = build(2, repa_width=12, grid=2, depth=2, width=32, mlp_multiple=8)
+    """Two blocks, width 32 and hidden width 96, whose MLPs are quack's."""
+    made = build(2, repa_width=12, grid=2, depth=2, width=32, mlp_multiple=16)
     made._ops = made._ops._replace(mlp="quack")
     return made
 
@@ -98,10 +98,10 @@ def test_other_dtypes_and_fp8_are_not_quacks(model, batch, monkeypatch):
     plain._ops = plain._ops._replace(mlp="plain")
     assert torch.equal(model(*inputs), plain(*inputs))
     use_fp8(model, torch.device("cpu"), emulate=True)
-    assert {block.mlp.w3.fp8 for block in model.blocks} == {None}  # 88 is no multiple of 16: one of the two is enough
-    model.blocks[0].mlp.w3.fp8 = model.blocks[1].mlp.w12.fp8 = "reference"
-    with pytest.raises(ValueError, match="multiples of 16"), torch.autocast("cpu", HALF):
-        model(*inputs)
+    with torch.autocast("cpu", HALF):
+        v = model(*inputs)
+    expected = plain(*inputs).detach()
+    assert 1e-6 < float((v.detach() - expected).norm() / expected.norm()) < 0.1
 
 
 def test_without_gradients(quack, model, batch):
