@@ -232,7 +232,7 @@ def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool)
             if gradient:
                 torch.autograd.grad(out, (q, k, v), out.detach())
 
-    return recorded_milliseconds(run, f"attention: {backend}")
+    return recorded_milliseconds({backend: run})[backend]
 
 
 def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:

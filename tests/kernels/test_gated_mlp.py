@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastasync_kernels import gated_mlp as module
 from fastasync_kernels import reference
+from fastasync_kernels._timing import recorded_milliseconds
 from fastasync_kernels.gated_mlp import Shape, as_halves, by_turns, plain_mlp, resolve_mlp
 
 from tests.kernels import quack_kit
@@ -323,7 +324,20 @@ def test_quack_recorded_equals_unrecorded(real):
 
 
 @pytest.mark.gpu
-def test_quack_is_chosen_at_xl_only_with_the_measured_times(real, caplog):
+def test_times_by_turns(caplog):
+    """A run that waits for the GPU cannot be recorded: its launches are in its time, and that is said."""
+    caplog.set_level(logging.INFO)
+    a, b = (torch.randn(size, size, device="cuda") for size in (256, 4096))
+    found = recorded_milliseconds(
+        {"small": lambda: a @ a, "large": lambda: b @ b, "waits": lambda: (a @ a).sum().item()}
+    )
+    assert 0 < found["small"] < found["large"]
+    assert "waits cannot be recorded" in caplog.text
+    torch.testing.assert_close(a @ a, (a.double() @ a.double()).float(), rtol=1e-2, atol=1e-1)  # all is well after it
+
+
+@pytest.mark.gpu
+def test_quack_is_chosen_by_the_measured_times(real, caplog):
     from fastasync_kernels.swiglu import swiglu
 
     caplog.set_level(logging.INFO)
