@@ -36,7 +36,7 @@ def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, .
             config = configuration(size, batch, name)
             data = data or latents(config, bench.device)
             work = make_work(config, bench.device, data, list(works.values()))
-            if config.model.mlp == "plain" and not any(chosen_mlp(other) == "quack" for other in works.values()):
+            if works and config.model.mlp == "plain" and "quack" not in map(chosen_mlp, works.values()):
                 raise UserError("model.mlp", "plain", "no other variant has another")
             for _ in range(5):  # compiles, tunes, makes the optimizer's state, records
                 loss = work.step(learned_schedule(config))
