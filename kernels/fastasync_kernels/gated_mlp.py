@@ -54,7 +54,8 @@ def _gated_op(x: Tensor, w: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, T
     rows, width = x.shape[0], w.shape[0]
     if not rows:
         return x.new_empty(0, width), x.new_empty(0, width // 2)
-    packed, h = _products().gated(x, w, bias, keep)
+    with torch.cuda.device_of(x):
+        packed, h = _products().gated(x, w, bias, keep)
     return x.new_empty(0, width) if packed is None else packed, h
 
 
@@ -69,7 +70,8 @@ def _gated_backward_op(g: Tensor, w: Tensor, packed: Tensor) -> tuple[Tensor, Te
     """dpacked [M, 2 F] by turns, h [M, F], and the gradient of the bias, float32 [2 F] as halves."""
     if not packed.shape[0]:
         return torch.empty_like(packed), g.new_empty(0, w.shape[1]), g.new_zeros(packed.shape[1], dtype=torch.float32)
-    return _products().gated_backward(g, w, packed)
+    with torch.cuda.device_of(g):
+        return _products().gated_backward(g, w, packed)
 
 
 @_gated_backward_op.register_fake

@@ -306,6 +306,15 @@ def test_quack_no_worse_than_twice_the_separate_operations(real, no_worse, rows,
 
 
 @pytest.mark.gpu
+def test_quack_far_from_zero(real, no_worse):
+    """Gates between -500 and 500: exp(-a) overflows, and nothing may become infinite or NaN."""
+    inputs, g = module._draw(Shape(300, 64, 128, 64), HALF, real)
+    inputs[0] *= 128
+    truth = run(plain, [part.double() for part in inputs], g.double())
+    no_worse(run(module.gated_mlp, inputs, g), run(plain, inputs, g), truth, NAMES)
+
+
+@pytest.mark.gpu
 def test_quack_recorded_equals_unrecorded(real):
     inputs, g = module._draw(Shape(4096, 1152, 3072, 1152), HALF, real)
     expected = run(module.gated_mlp, inputs, g)

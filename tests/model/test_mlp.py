@@ -24,31 +24,41 @@ def quack():
         yield
 
 
+def perturbed(build, **changes):
+    """Two blocks, hidden width 96, as initialised and a little off: adaLN's zeros would hide the MLPs, and wilder
+    weights make rounding wild."""
+    made = build(2, zero=True, **({"grid": 2, "depth": 2, "width": 32, "mlp_multiple": 16, "repa_width": 12} | changes))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return made
+
+
 @pytest.fixture
 def model(build):
-    """Two blocks, width 32 and hidden width 96, whose MLPs are quack's."""
-    made = build(2, repa_width=12, grid=2, depth=2, width=32, mlp_multiple=16)
+    """One whose MLPs are quack's."""
+    made = perturbed(build)
     made._ops = made._ops._replace(mlp="quack")
     return made
 
 
 def outputs(network, model, inputs, dtype=HALF):
     """Velocity, and the gradients of every parameter, under autocast."""
-    with torch.autocast("cpu", dtype, enabled=dtype is HALF):
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is HALF):
         v, tokens = network(*inputs, return_repa=True)
     loss = v.square().mean() + tokens.tanh().mean()
     parameters = dict(model.named_parameters())
     return {"v": v.detach(), **dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))}
 
 
-def assert_no_worse(ours, theirs, truth):
-    """At most twice as far from float64 as the other, and half a unit in the last place of bf16."""
+def assert_close(results, truth):
+    """bf16's errors are 3 % here at most, a wrong tensor's is near 1.  (That the MLP alone is no worse than twice the
+    plain operations is tested beside it.)"""
     for name, exact in truth.items():
-        error, allowed = (float((results[name].double() - exact).norm()) for results in (ours, theirs))
-        assert error <= 2 * allowed + 2.0**-9 * float(exact.norm()), name
+        assert float((results[name].double() - exact).norm()) <= 0.1 * float(exact.norm()), name
 
 
-def test_as_close_to_float64_as_the_plain_network(quack, model, batch):
+def test_the_network_as_in_float64(quack, model, batch):
     inputs = batch(model)
     plain = copy.deepcopy(model)
     plain._ops = plain._ops._replace(mlp="plain")
@@ -57,7 +67,7 @@ def test_as_close_to_float64_as_the_plain_network(quack, model, batch):
     truth = outputs(exact, exact, wide, torch.float64)
     ours, theirs = outputs(model, model, inputs), outputs(plain, plain, inputs)
     assert {name: value.dtype for name, value in ours.items()} == {name: value.dtype for name, value in theirs.items()}
-    assert_no_worse(ours, theirs, truth)
+    assert_close(ours, truth)
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)  # the stand-in did compute it
 
 
@@ -129,6 +139,25 @@ def kept_bytes(model, inputs):
         out = model(*inputs)
     del out
     return sum(kept.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_quack_itself(build, batch, compiled):
+    """On the kernels, a block compiled by Inductor as in training."""
+    torch._dynamo.reset()
+    model = perturbed(build, grid=8, width=64, kernels="triton", mlp="quack").cuda()
+    if reason := gated_mlp.refusal("cuda", HALF, gated_mlp.Shape(64, 64, 176, 64)):
+        pytest.skip(f"quack {reason}")
+    inputs = [part.cuda() for part in batch(model, 4)]
+    exact = perturbed(build, grid=8, width=64, kernels="reference").cuda().double()
+    exact.load_state_dict(model.state_dict())
+    assert model.choose_mlp(4, HALF) == "quack"
+    for block in model.blocks if compiled else ():
+        block.compile(fullgraph=True, dynamic=False)
+    wide = [part.double() if part.is_floating_point() else part for part in inputs]
+    truth = outputs(exact, exact, wide, torch.float64)
+    assert_close(outputs(model, model, inputs), truth)
 
 
 def test_it_keeps_one_hidden_width_less(quack, build, batch):
