@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "build": (150, ["setup.py", "-q", "build_ext", "--inplace"]),
     "tests": (200, [*TESTS, "tests/kernels", "tests/optim", "--ignore=tests/kernels/test_offline_compile.py"]),
     "ops": (240, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
+    "mlp": (120, ["-m", "bench.run", "mlp"]),
     "step": (400, ["-m", "bench.run", "step"]),
     "step-cifar10": (150, ["-m", "bench.run", "step", "--sizes", "cifar10"]),
     "schedule_overhead": (120, ["-m", "bench.run", "schedule_overhead"]),

@@ -236,7 +236,8 @@ class Bench:
     """A run of the benchmarks: device, sizes, ceilings, and the rows so far.
 
     ``small``: sizes for a CPU.  ``rounds``: how often each variant is timed.  ``deadline`` (``time.monotonic``): no new
-    case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks for ``step``; none: all.
+    case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks for ``step``, and
+    ``variants``: those of the one plan of it that is run; none: all.
     """
 
     def __init__(
@@ -247,8 +248,9 @@ class Bench:
         sink: Callable[[Row], None] | None = None,
         say: Callable[[str], None] = print,
         sizes: Sequence[str] = (),
+        variants: Sequence[str] = (),
     ):
-        self.sizes = sizes
+        self.sizes, self.variants = sizes, variants
         self.device, self.rounds, self.deadline, self.sink, self.say = device, rounds, deadline, sink, say
         self.small = device.type == "cpu"
         self.rows: list[Row] = []

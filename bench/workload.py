@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastasync.config import Config, config_from_dict
+from fastasync.model import LightningDiT
 from fastasync.presets import preset
 from fastasync.schedule import ConvexSchedule, Schedule, named_schedule
 from fastasync.training.build import build_model, build_objective, choose_ops
@@ -27,6 +28,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "pytorch whole": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "model"}},
     "ours eager": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off"}},
     "ours regional": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional"}},
+    "ours regional plain MLP": {
+        "model": OURS["model"] | {"mlp": "plain"},
+        "train": OURS["train"] | {"compile": "regional"},
+    },
     "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
     "ours fp8": {
         "model": OURS["model"],
@@ -71,6 +76,11 @@ def configuration(size: str, batch: int, variant: str) -> Config:
     changes = VARIANTS[variant]
     train = {**changes["train"], "batch": batch, "memory": "none", "clip": 1.0, "warmup": 0}
     return config_from_dict({"model": changes["model"], "train": train}, base)
+
+
+def backends(model: LightningDiT) -> str:
+    """Who computes a network's attention and MLPs: a row's note."""
+    return f"attention {model._ops.attention}, MLP {model._ops.mlp}" if model._ops else ""
 
 
 def learned_schedule(config: Config) -> Schedule:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fastasync_kernels import gated_mlp
 from fastasync_kernels.attention import BACKENDS
 
 from fastasync.errors import UserError, unknown_name
@@ -99,6 +100,7 @@ class Model:
     repa_width: int = _number(0, 0)  # 0: no REPA projector
     kernels: str = _choice("auto", "auto", "triton", "reference")
     attention: str = _choice("auto", "auto", *BACKENDS)
+    mlp: str = _choice("auto", "auto", *gated_mlp.BACKENDS)  # quack: in bf16, SwiGLU in its products by quack-kernels
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ FREE_FIELDS = (
     "schedule.baselines",
     "model.kernels",
     "model.attention",
+    "model.mlp",
     "train.steps",
     "train.accumulate",
     "train.compile",

@@ -289,6 +289,8 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
         raise UserError(str(run.prepared), what, "bring back the latents that it was trained on, or use another --out")
     dtype = choose_autocast(config.sampling_precision, device)
     model.choose_attention(sample.batch, dtype or torch.float32, gradient=False)
+    if config.sampling_precision != "fp8":
+        model.choose_mlp(sample.batch, dtype or torch.float32, gradient=False)
     velocity, guidance = _velocity(config, model, device, inputs.statistics_fingerprint)
     ops = choose_ops(config.model.kernels, device)
     classes = sample.classes or tuple(range(config.model.classes))

@@ -26,7 +26,8 @@ halves a descriptor's rows and not the descriptor), and eight give the same code
 
 quack wants gate and up by turns, [a0, b0, a1, b1, ..]: w12's rows are put into this order outside of what is timed, and
 its packed is compared as the view that it is.  quack's backward also writes out again (403 MB), which would save
-keeping it.  In its default form it has no gradient of the bias: torch's sum is added to it in the case that has one.
+keeping it.  In its default form it has no gradient of the bias: torch's sum is added to it in the case that has one,
+and beside it epilogues of ours sum (``fastasync_kernels.quack_products``; predicted: 0.90 to 0.95 ms).
 quack and cutlass must lie in a folder called site-packages: elsewhere quack 0.6 takes cutlass for the user's own code
 and refuses it.
 """
@@ -77,17 +78,23 @@ REHEARSED_SIZE = {"width": 40, "hidden": 64, "tokens": 25}
 
 
 class Quack(NamedTuple):
-    """One configuration of quack's products: tile, whether two groups of warps take tiles by turns, cluster."""
+    """One configuration of quack's products: tile, whether two groups of warps take tiles by turns, cluster.
+
+    ``sums``: who adds up the bias's gradient, torch or our epilogue; ``again``: whether this writes the activation.
+    """
 
     rows: int = 128
     columns: int = 192
     pingpong: bool = True
     cluster: tuple[int, int] = (2, 1)
+    sums: str = "torch"
+    again: bool = True
 
     @property
     def name(self) -> str:
         turns = ", pingpong" if self.pingpong else ""
-        return f"quack {self.rows}x{self.columns}{turns}, cluster {self.cluster[0]}x{self.cluster[1]}"
+        sums = "" if self.sums == "torch" else f", sums in the {self.sums}{'' if self.again else ' alone'}"
+        return f"quack {self.rows}x{self.columns}{turns}, cluster {self.cluster[0]}x{self.cluster[1]}{sums}"
 
     def config(self) -> Any:
         from quack.gemm_config import GemmConfig
@@ -99,6 +106,11 @@ class Quack(NamedTuple):
 
 
 QUACK = (Quack(128, 192, True), Quack(128, 256, False), Quack(128, 128, True), Quack(256, 128, False))
+OWN_EPILOGUE = tuple(
+    Quack(*tile, sums="epilogue", again=again)
+    for tile in ((128, 128, True), (128, 192, True), (256, 128, False), (128, 256, False))
+    for again in (True, False)
+)
 
 
 def offline(forward: Sequence[Tile], backward: Sequence[Tile]) -> int:
@@ -220,6 +232,8 @@ def backward_operation(
         from quack.gemm_interface import gemm_dgated
 
         config = item.config()
+        if item.sums == "epilogue":
+            return own_epilogue(item.again, config)
 
         def run(g: Tensor, w3: Tensor, packed: Tensor, turned: Tensor) -> list[Tensor]:
             dpacked, _ = gemm_dgated(
@@ -227,6 +241,20 @@ def backward_operation(
             )
             dbias = [dpacked.sum(0, dtype=torch.float32).unflatten(0, (-1, 2)).T.flatten()] if bias else []
             return [dpacked.unflatten(1, (-1, 2)).transpose(1, 2), *dbias]
+
+        return run
+
+    def own_epilogue(again: bool, config: Any) -> Callable[..., list[Tensor]]:
+        from fastasync_kernels.quack_products import swiglu_gradient
+
+        from bench.experiments.swiglu_gemm_quack import gradient_alone
+
+        product = swiglu_gradient if again else gradient_alone
+
+        def run(g: Tensor, w3: Tensor, packed: Tensor, turned: Tensor) -> list[Tensor]:
+            found = product(g, w3, turned, config=config, tuned=False)
+            dbias = torch.cat([found["a_sum"], found["b_sum"]])
+            return [found["D"].unflatten(1, (-1, 2)).transpose(1, 2), dbias]
 
         return run
 
@@ -336,7 +364,8 @@ def measure(
     product(bench, kept)
     few = Candidates(best(rows, forward.triton, 2), forward.quack)
     case(forward_operation(bench, size, batch, dtype, few, False), 0.5)
-    with_bias = backward_operation(bench, size, batch, dtype, backward, True)
+    own = (*backward.quack, *(OWN_EPILOGUE if backward.quack else ()))
+    with_bias = backward_operation(bench, size, batch, dtype, backward._replace(quack=own), True)
     rows = case(with_bias, 0.8)
     product(bench, with_bias)
     few = Candidates(best(rows, backward.triton, 2), backward.quack)

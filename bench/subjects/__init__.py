@@ -6,6 +6,7 @@ SUBJECTS = (
     "adaln",
     "qknorm_rope",
     "swiglu",
+    "mlp",
     "attention",
     "optimizer",
     "step",

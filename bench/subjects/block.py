@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastasync_kernels import gated_mlp
 from fastasync_kernels.attention import resolve_backend
 
 from bench.harness import Bench, summarize
@@ -55,6 +56,13 @@ def run(bench: Bench) -> None:
     if ours is not None:
         variants["triton"] = (block.compute, ours)
         variants["triton compiled"] = (torch.compile(block.compute, dynamic=False), ours)
+        if why := gated_mlp.refusal(bench.device, dtype, gated_mlp.Shape(batch * tokens, width, hidden, width)):
+            bench.skip("block, MLP by quack", why)
+        else:
+            variants["triton, quack compiled"] = (
+                torch.compile(block.compute, dynamic=False),
+                ours._replace(mlp="quack"),
+            )
     linear = 2 * tokens * (4 * width * width + 3 * width * hidden) + 2 * 6 * width * width
     forward = batch * (linear + 4 * tokens**2 * width)
     for backward in (False, True):

@@ -8,7 +8,7 @@ import torch
 
 from bench.harness import Bench, Operation, summarize
 from bench.subjects.common import CHANNELS, Random, short, variants
-from bench.workload import configuration, latents
+from bench.workload import backends, configuration, latents
 from fastasync.errors import UserError
 from fastasync.model import forward_flops
 from fastasync.training.build import build_model, choose_autocast, round_linears, use_fp8
@@ -52,6 +52,8 @@ def run(bench: Bench) -> None:
             if dtype is not None and name.startswith("ours"):
                 round_linears(model, dtype)
             model.choose_attention(batch, dtype or torch.float32, gradient=False)
+            if config.train.precision != "fp8":
+                model.choose_mlp(batch, dtype or torch.float32, gradient=False)
             compile_in_place(model, config.train.compile)
             z, y, _ = latents(config, bench.device, 1)[0]
             tau = torch.full((batch, 2), 0.5, device=bench.device)
@@ -68,7 +70,7 @@ def run(bench: Bench) -> None:
     times = bench.interleaved(calls, warm=2) if calls else {}
     for name, values in times.items():
         precision = "fp8" if "fp8" in name else "fp32" if bench.small else "bf16"
-        note = f"attention {models[name]._ops.attention}"
+        note = backends(models[name])
         bench.add(
             *("sampling", f"forward {size}", name, f"batch {batch}", precision, summarize(values)),
             flops=forward_flops(models[name]) * batch,

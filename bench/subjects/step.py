@@ -7,7 +7,7 @@ import gc
 import torch
 
 from bench.harness import Bench, summarize
-from bench.workload import Work, configuration, latents, learned_schedule, make_work
+from bench.workload import Work, backends, configuration, latents, learned_schedule, make_work
 from fastasync.errors import UserError
 from fastasync.model import train_flops
 
@@ -21,6 +21,7 @@ PLANS = (
     ("XL", 256, ("pytorch whole", "ours whole")),
     ("S", 256, ("pytorch regional", "ours regional")),
     ("L", 256, ("pytorch regional", "ours regional")),
+    ("XL", 256, ("ours regional", "ours regional plain MLP")),
 )
 
 
@@ -36,6 +37,8 @@ def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, .
             config = configuration(size, batch, name)
             data = data or latents(config, bench.device)
             work = make_work(config, bench.device, data, list(works.values()))
+            if works and config.model.mlp == "plain" and "quack" not in map(chosen_mlp, works.values()):
+                raise UserError("model.mlp", "plain", "no other variant has another")
             for _ in range(5):  # compiles, tunes, makes the optimizer's state, records
                 loss = work.step(learned_schedule(config))
             if not bool(torch.isfinite(loss).all()):
@@ -50,6 +53,10 @@ def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, .
     return works
 
 
+def chosen_mlp(work: Work) -> str:
+    return work.engine.model.chosen_mlp
+
+
 def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def]
     """GiB that one call of ``call`` needs at its peak, weights and optimizer included."""
     if bench.device.type != "cuda":
@@ -61,10 +68,15 @@ def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def
     return torch.cuda.max_memory_allocated() / 2**30
 
 
+def chosen(bench: Bench, plan: tuple) -> bool:
+    """Whether a plan is of the sizes and variants that were asked for."""
+    size, _, names = plan
+    return (not bench.sizes or size in bench.sizes) and (not bench.variants or set(names) == set(bench.variants))
+
+
 def run(bench: Bench, plans: tuple = PLANS) -> None:
     small = (("tiny", 8, ("pytorch eager", "ours eager", "ours fp8", "ours graph")),)  # compiling for a CPU is slow
-    wanted = [plan for plan in plans if not bench.sizes or plan[0] in bench.sizes]
-    for size, batch, names in small if bench.small else wanted:
+    for size, batch, names in small if bench.small else [plan for plan in plans if chosen(bench, plan)]:
         if bench.time_is_up(f"step {size} {', '.join(names)}"):
             continue
         works = build(bench, "step", size, batch, names)
@@ -89,7 +101,7 @@ def run(bench: Bench, plans: tuple = PLANS) -> None:
                 flops=train_flops(model) * batch,
                 images=batch,
                 gib=memory[name],
-                note=f"attention {model._ops.attention}" if model._ops else "",
+                note=backends(model),
             )
         del works, calls
         torch._dynamo.reset()

@@ -14,7 +14,7 @@ import fastasync_kernels
 import torch
 import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
-from fastasync_kernels import weight_gradient
+from fastasync_kernels import gated_mlp, weight_gradient
 from fastasync_kernels.fp8_linear import (
     ADALN_PARTS,
     QKNORM_PARTS,
@@ -43,6 +43,7 @@ from fastasync.model.recompute import RECOMPUTE, recomputed
 REPA_HIDDEN = 2048
 KERNELS = ("reference", "triton", "auto")
 ATTENTION = ("auto", *kernels_attention.BACKENDS)
+MLP = ("auto", *gated_mlp.BACKENDS)
 
 
 class Size(NamedTuple):
@@ -64,8 +65,8 @@ SIZES = {
 class Ops(NamedTuple):
     """The fused operations that the network uses; signatures in ``fastasync_kernels.reference``.
 
-    Functions, not the module that holds them: a model must survive ``copy.deepcopy`` and pickling.  ``attention`` is
-    the name of a backend: chosen outside of torch.compile, constant inside.
+    Functions, not the module that holds them: a model must survive ``copy.deepcopy`` and pickling.  ``attention`` and
+    ``mlp`` are names of backends: chosen outside of torch.compile, constant inside.
     """
 
     rmsnorm_modulate: Callable[..., Any]
@@ -76,9 +77,10 @@ class Ops(NamedTuple):
     gated_rmsnorm_modulate_tops: Callable[..., Any] | None  # reference has none
     sum_bias: bool  # whether they give the gradients of the biases added before them, at almost no cost
     attention: str
+    mlp: str
 
 
-def select_ops(kernels: str, device: torch.device, attention: str = "sdpa") -> Ops:
+def select_ops(kernels: str, device: torch.device, attention: str = "sdpa", mlp: str = "plain") -> Ops:
     """The implementation of the fused operations for a device; ``kernels`` is one of ``KERNELS``.
 
     Raises a UserError where it cannot run there.
@@ -88,8 +90,8 @@ def select_ops(kernels: str, device: torch.device, attention: str = "sdpa") -> O
         chosen = fastasync_kernels.select(kind, device)
     except fastasync_kernels.KernelUnavailable as error:
         raise UserError("model.kernels", kernels, str(error)) from error
-    functions: dict[str, Any] = {name: getattr(chosen, name, None) for name in Ops._fields[:-2]}
-    return Ops(**functions, sum_bias=chosen.__name__.endswith("triton_ops"), attention=attention)
+    functions: dict[str, Any] = {name: getattr(chosen, name, None) for name in Ops._fields[:-3]}
+    return Ops(**functions, sum_bias=chosen.__name__.endswith("triton_ops"), attention=attention, mlp=mlp)
 
 
 class RMSNorm(nn.Module):
@@ -224,6 +226,10 @@ class SwiGLU(nn.Module):
         if self.hinted(ops):
             weights = self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
             return fp8_mlp_hinted(h, *weights, tops, ADALN_PARTS)
+        if ops.mlp == "quack" and self.w12.fp8 is self.w3.fp8 is None and h.dtype == torch.bfloat16:
+            weights = self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
+            parts = (self.w12.parts, self.w3.parts) if torch.is_grad_enabled() else (1, 1)
+            return gated_mlp.gated_mlp(h, *weights, parts), None
         packed, bias, _ = project(self.w12, h, ops)
         return self.w3(ops.swiglu(packed, bias=bias)), None
 
@@ -301,6 +307,7 @@ class LightningDiT(nn.Module):
         repa_depth: the number of blocks after which the projector reads the tokens.
         kernels: ``reference``, ``triton`` or ``auto``: who computes the fused operations.  Changes no checkpoint.
         attention: a backend of ``fastasync_kernels.attention``, or ``auto``: sdpa until ``choose_attention`` measures.
+        mlp: a backend of ``fastasync_kernels.gated_mlp``, or ``auto``; plain until ``choose_mlp``.
 
     Weights are float32; under autocast the residual stream is kept in the autocast dtype, norms in float32.
 
@@ -326,13 +333,14 @@ class LightningDiT(nn.Module):
         repa_depth: int = 2,
         kernels: str = "reference",
         attention: str = "auto",
+        mlp: str = "auto",
     ):
         super().__init__()
-        _check(channels, names, grid, depth, width, heads, patch, repa_width, repa_depth, kernels, attention)
+        _check(channels, names, grid, depth, width, heads, patch, repa_width, repa_depth, kernels, attention, mlp)
         self.channels, self.names = tuple(channels), tuple(names)
         self.grid, self.classes, self.depth, self.width, self.heads = grid, classes, depth, width, heads
         self.patch, self.repa_width, self.repa_depth, self.kernels = patch, repa_width, repa_depth, kernels
-        self.attention, self.mlp_multiple = attention, mlp_multiple
+        self.attention, self.mlp, self.mlp_multiple = attention, mlp, mlp_multiple
         total, tokens = sum(channels), grid // patch
 
         self.x_embedder = PatchEmbedding(total, width, patch)
@@ -410,7 +418,29 @@ class LightningDiT(nn.Module):
             chosen = kernels_attention.resolve_backend(self.attention, self.pos_embed.device, dtype, shape, gradient)
         except kernels_attention.BackendUnavailable as error:
             raise UserError("model.attention", self.attention, str(error)) from None
-        self._ops = select_ops(self.kernels, self.pos_embed.device, chosen)
+        self._ops = select_ops(self.kernels, self.pos_embed.device, chosen, self.chosen_mlp)
+        return chosen
+
+    @property
+    def chosen_mlp(self) -> str:
+        """The MLP's backend, ``plain`` or ``quack``."""
+        return self._ops.mlp if self._ops is not None else "plain"
+
+    def choose_mlp(self, batch: int, dtype: torch.dtype, gradient: bool = True) -> str:
+        """Fix the MLP's backend as ``choose_attention`` fixes attention's, for linears that are not in fp8; returns it.
+
+        With ``auto`` it is measured once in a process, and ``plain`` where the fused operations are the reference.
+        Raises UserError when the named backend cannot run here.
+        """
+        device, hidden = self.pos_embed.device, hidden_width(self.width, self.mlp_multiple)
+        ops = self._ops if self._ops is not None else select_ops(self.kernels, device, self._attention())
+        wanted = "plain" if self.mlp == "auto" and not ops.sum_bias else self.mlp
+        shape = gated_mlp.Shape(batch * (self.grid // self.patch) ** 2, self.width, hidden, self.width)
+        try:
+            chosen = gated_mlp.resolve_mlp(wanted, ops.swiglu, device, dtype, shape, gradient)
+        except gated_mlp.MlpUnavailable as error:
+            raise UserError("model.mlp", self.mlp, str(error)) from None
+        self._ops = ops._replace(mlp=chosen)
         return chosen
 
     def set_recompute(self, what: str) -> None:
@@ -479,6 +509,7 @@ def _check(
     repa_depth: int,
     kernels: str,
     attention: str,
+    mlp: str,
 ) -> None:
     """Raise a UserError for the first argument that cannot make a model."""
     if len(channels) != len(names) or not names or min(channels) < 1:
@@ -495,3 +526,5 @@ def _check(
         raise UserError("model.kernels", kernels, f"choose one of {', '.join(KERNELS)}")
     if attention not in ATTENTION:
         raise UserError("model.attention", attention, f"choose one of {', '.join(ATTENTION)}")
+    if mlp not in MLP:
+        raise UserError("model.mlp", mlp, f"choose one of {', '.join(MLP)}")

@@ -57,14 +57,14 @@ def activation_memory(model: LightningDiT, batch: int, precision: str = "bf16", 
 
     Counts per token and block what a compiled block saves: 12 tensors of the width (two norm outputs, qkv as three,
     rotated q and k, the attention's output, two branches, two states of the residual stream) and 3 of the MLP's
-    hidden width; then the projector's.  An eager block saves more (the norms' float32 copies).  Where blocks are
-    ``recompute``d (fastasync.model.recompute) the one at work is counted in full.
+    hidden width (2 where quack computes it); then the projector's.  An eager block saves more (the norms' float32
+    copies).  Where blocks are ``recompute``d (fastasync.model.recompute) the one at work is counted in full.
     """
     tokens = (model.grid // model.patch) ** 2
     hidden = hidden_width(model.width, model.mlp_multiple)
-    numbers = model.depth * kept_numbers(recompute, model.width, hidden)
+    numbers = model.depth * kept_numbers(recompute, model.width, hidden, model.chosen_mlp)
     if recompute != "none":
-        numbers += kept_numbers("none", model.width, hidden)
+        numbers += kept_numbers("none", model.width, hidden, model.chosen_mlp)
     if model.repa_projector is not None:
         numbers += 4 * REPA_HIDDEN + model.width
     return batch * tokens * numbers * _ACTIVATION_BYTES[precision]

@@ -2,7 +2,7 @@
 
 | name | numbers that a block keeps for each token | computed again |
 |---|---|---|
-| ``none`` | 12 widths + 3 hidden widths | nothing |
+| ``none`` | 12 widths + 3 hidden widths (2 with the MLP by quack) | nothing |
 | ``selective`` | 7 widths + 2 hidden widths: the products, attention, its inputs | norms, RoPE, SwiGLU |
 | ``full`` | 2 widths: its inputs; counted as 4 (see ``kept_numbers``) | everything |
 
@@ -19,13 +19,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 RECOMPUTE = ("none", "selective", "full")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")
+_OURS = ("fa4", "gated_product")
 
 
 def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
     """Keep what matrix products and attention give, whichever backend computes them."""
     namespace, name = op.name().split("::") if hasattr(op, "name") else ("", str(op))
     name = name.split(".")[0]
-    costly = name in _PRODUCTS or "attention" in name or "flash" in namespace + name or name == "fa4"
+    costly = name in _PRODUCTS or "attention" in name or "flash" in namespace + name or name in _OURS
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -37,10 +38,11 @@ def recomputed(what: str, function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def kept_numbers(what: str, width: int, hidden: int) -> int:
+def kept_numbers(what: str, width: int, hidden: int, mlp: str = "plain") -> int:
     """Numbers a token that one block keeps: the table above.
 
     ``full`` counts twice the inputs: XL/1 at batch 256, compiled by region, takes 32.3 GiB on an H200 (`bench.run
     memory`, 2026-11-25), of which the inputs alone explain 25.8.  What the rest is, is not known.
     """
-    return {"none": 12 * width + 3 * hidden, "selective": 7 * width + 2 * hidden, "full": 4 * width}[what]
+    kept = 2 if mlp == "quack" else 3
+    return {"none": 12 * width + kept * hidden, "selective": 7 * width + 2 * hidden, "full": 4 * width}[what]

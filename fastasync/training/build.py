@@ -7,7 +7,7 @@ from types import ModuleType
 
 import fastasync_kernels
 import torch
-from fastasync_kernels import attention, weight_gradient
+from fastasync_kernels import attention, gated_mlp, weight_gradient
 from fastasync_kernels.fp8_linear import frozen_rows
 from fastasync_kernels.reference import FP8_MULTIPLE
 
@@ -16,7 +16,7 @@ from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
 from fastasync.model import SIZES, LightningDiT, memory_estimate
-from fastasync.model.dit import BlockLinear, Linear
+from fastasync.model.dit import BlockLinear, Linear, hidden_width
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
@@ -42,15 +42,16 @@ def build_model(config: Config) -> LightningDiT:
         repa_width=model.repa_width or None,
         kernels=model.kernels,
         attention=model.attention,
+        mlp=model.mlp,
     )
 
 
 def prepare_model(model: LightningDiT, config: Config, device: torch.device, batch: int) -> LightningDiT:
     """The network ready to be trained on ``device`` in parts of ``batch`` samples; not compiled yet.
 
-    Moves it, fixes the attention backend, turns the block linears to fp8 where ``train.precision`` asks for it or
-    divides their weights' gradients, and chooses what the backward pass recomputes.  Names and shapes of the state dict
-    stay as they are.
+    Moves it, fixes the backends of attention and MLP, turns the block linears to fp8 where ``train.precision`` asks for
+    it or divides their weights' gradients, and chooses what the backward pass recomputes.  Names and shapes of the
+    state dict stay as they are.
     Raises UserError for what cannot run here.
     """
     train = config.train
@@ -59,12 +60,15 @@ def prepare_model(model: LightningDiT, config: Config, device: torch.device, bat
     backend = model.choose_attention(batch, dtype or torch.float32)
     if train.precision == "fp8":
         use_fp8(model, device)
-    elif dtype is not None:
-        divide_weight_gradients(model, batch, dtype, device)
+    else:
+        if dtype is not None:
+            divide_weight_gradients(model, batch, dtype, device)
+        if train.zero < 3:  # which gathers each layer's weights when the layer is called
+            model.choose_mlp(batch, dtype or torch.float32)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     memory = choose_memory(train.memory, model, batch, "fp32" if train.precision == "fp32" else "bf16", free)
     model.set_recompute(memory)
-    _log.info("attention %s, memory %s", backend, memory)
+    _log.info("attention %s, MLP %s, memory %s", backend, model.chosen_mlp, memory)
     return model
 
 
@@ -100,10 +104,18 @@ def check_training(config: Config, device: torch.device) -> None:
         check_fp8(device)
     if train.optimizer == "apex":
         build_optimizer([torch.zeros(1, device=device)], train.optimizer)
+    _, width, heads = SIZES.get(model.size, (model.depth, model.width, model.heads))
+    tokens = (representations.grid // model.patch) ** 2
+    dtype = choose_autocast(train.precision, device) or torch.float32
+    if model.mlp == "quack":
+        if train.precision == "fp8" or train.zero == 3:
+            field = "train.zero=3" if train.zero == 3 else "train.precision=fp8"
+            raise UserError("model.mlp", "quack", f"does not go with {field}: choose auto or plain")
+        sizes = gated_mlp.Shape(train.batch * tokens, width, hidden_width(width, model.mlp_multiple), width)
+        if reason := gated_mlp.refusal(device, dtype, sizes):
+            raise UserError("model.mlp", "quack", reason)
     if model.attention != "auto":  # auto takes what there is
-        _, width, heads = SIZES.get(model.size, (model.depth, model.width, model.heads))
-        shape = (train.batch, heads, (representations.grid // model.patch) ** 2, width // heads)
-        dtype = choose_autocast(train.precision, device) or torch.float32
+        shape = (train.batch, heads, tokens, width // heads)
         try:
             attention.resolve_backend(model.attention, device, dtype, shape, True)
         except attention.BackendUnavailable as error:

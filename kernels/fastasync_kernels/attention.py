@@ -26,7 +26,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ._timing import recorded_milliseconds
 
 BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "mixed", "reference")
 _HALF = (torch.float16, torch.bfloat16)
@@ -223,10 +224,7 @@ def available_backends(device: torch.device | str, dtype: torch.dtype, shape: tu
 
 
 def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:
-    """Median of 10 runs in milliseconds, forward or forward and backward, on a CUDA device.
-
-    Replays of a recording: from Python small shapes take as long as their launches, which a recorded step does not pay.
-    """
+    """Forward, or forward and backward."""
 
     def run() -> None:
         with torch.enable_grad() if gradient else torch.no_grad():
@@ -234,28 +232,7 @@ def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool)
             if gradient:
                 torch.autograd.grad(out, (q, k, v), out.detach())
 
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # to warm up
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph, times = torch.cuda.CUDAGraph(), []
-    repeat: Callable[[], None] = graph.replay
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-    except RuntimeError as error:
-        _log.info("attention: %s cannot be recorded (%s), so its time has its launches in it", backend, error)
-        repeat = run
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        repeat()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return recorded_milliseconds({backend: run})[backend]
 
 
 def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:

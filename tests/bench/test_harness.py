@@ -10,7 +10,7 @@ import fastasync_kernels
 import pytest
 import torch
 
-from bench import gpu_session, harness, plots, profile_step, run
+from bench import gpu_session, harness, plots, profile_step, run, workload
 from bench.harness import (
     ROOT,
     Bench,
@@ -23,7 +23,9 @@ from bench.harness import (
     summarize,
     with_backward,
 )
-from bench.subjects import SUBJECTS, common
+from bench.subjects import SUBJECTS, common, step
+from bench.workload import configuration
+from fastasync.config import differences
 
 CPU = torch.device("cpu")
 
@@ -151,7 +153,7 @@ def test_subject_runs_on_a_cpu(bench, subject):
         assert found == {"in memory", "opens each sample", "shards, direct", "shards, ahead", "pillow", "dali cpu"}
 
 
-@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu"])
+@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp"])
 def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
     """The Triton variants, in the interpreter: what a GPU will time is compared with the reference in the same way."""
     module = importlib.import_module(f"bench.subjects.{subject}")
@@ -167,11 +169,37 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
     assert all("triton" in errors for errors in checked)
 
 
+def test_plans_of_a_step_by_size_and_variants():
+    def chosen(**options):
+        return [plan for plan in step.PLANS if step.chosen(Bench(CPU, **options), plan)]
+
+    assert chosen() == list(step.PLANS)
+    assert {size for size, _, _ in chosen(sizes=["S", "B"])} == {"S", "B"}
+    both = ("ours regional", "ours regional plain MLP")
+    assert chosen(variants=both) == chosen(variants=both[::-1], sizes=["XL"]) == [("XL", 256, both)]
+    assert chosen(variants=both[:1]) == []
+    configs = [configuration("XL", 256, name) for name in both]
+    assert differences(*configs) == []  # what was trained is the same
+    assert [config.model.mlp for config in configs] == ["auto", "plain"]
+
+
+def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
+    """Where nobody has another the variant would be the same step twice."""
+    names = ("ours eager", "ours eager plain MLP")
+    monkeypatch.setitem(workload.VARIANTS, names[1], {**workload.VARIANTS[names[0]], "model": {"mlp": "plain"}})
+    assert list(step.build(bench, "step", "tiny", 8, names)) == [names[0]]
+    assert "step tiny ours eager plain MLP: model.mlp: plain: no other variant has another" in bench.skipped[-1]
+    monkeypatch.setattr(step, "chosen_mlp", lambda work: "quack")
+    assert list(step.build(bench, "step", "tiny", 8, names)) == list(names)
+
+
 def test_command_line(tmp_path, capsys):
     assert run.main(["nosuch"]) == 2
     assert "no subject 'nosuch'" in capsys.readouterr().err
     assert run.main(["step", "--sizes", "S,XXL"]) == 2
     assert "no size 'XXL'" in capsys.readouterr().err
+    assert run.main(["step", "--variants", "ours regional,theirs"]) == 2
+    assert "no variant 'theirs'" in capsys.readouterr().err
     assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu"]) == 0
     assert "not recorded" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -197,6 +225,7 @@ def test_a_failing_subject_does_not_end_the_others(bench, monkeypatch):
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
         ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NTT", "GEMM"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32", "GEMM"),
+        ("kernel_cutlass_kernel_quackepiloguefrontendGemmMod_swiglu_gradient_72e03896d1eb", "GEMM"),
         ("void at::native::multi_tensor_apply_kernel<...>", "optimizer"),
         ("fastasync::update_kernel<true>(...)", "optimizer"),
         ("triton_red_fused_native_layer_norm_0", "element-wise"),

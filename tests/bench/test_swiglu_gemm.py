@@ -11,6 +11,7 @@ import torch
 
 from bench.experiments.swiglu_gemm import (
     BASELINE,
+    OWN_EPILOGUE,
     Candidates,
     Quack,
     backward_operation,
@@ -107,7 +108,8 @@ def test_the_whole_experiment():
     both = Candidates([tile], [Quack()])
     said = measure(bench, size, 1, torch.float32, both, both, 100.0)
     assert [line.split(":")[0] for line in said] == ["forward", "forward, out only", "backward, bias", "backward"]
-    assert sum(Quack().name in line for line in lines) == 4  # not installed here: each case says so
+    assert sum(f"{Quack().name}: " in line for line in lines) == 4  # not installed here: each case says so
+    assert sum(line.count("sums in the epilogue") for line in lines) == len(OWN_EPILOGUE)  # with the bias only
     assert {row.case for row in bench.rows} >= {"product forward", "product backward, bias"}
 
 

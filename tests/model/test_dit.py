@@ -263,7 +263,7 @@ def test_what_the_fused_operations_are_given(build, batch, autocast):
         return call
 
     model = build(2, patch=2)
-    model._ops = Ops(*(recorded(name) for name in Ops._fields[:-2]), sum_bias=True, attention="sdpa")
+    model._ops = Ops(*(recorded(name) for name in Ops._fields[:-3]), sum_bias=True, attention="sdpa", mlp="plain")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(*batch(model))
     assert [name for name, _ in calls[:4]] == ["rmsnorm_modulate", "qknorm_rope", "gated_rmsnorm_modulate", "swiglu"]

@@ -12,7 +12,7 @@ from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp
 from fastasync.config import Model, Train
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, dit
-from fastasync.model.dit import ATTENTION, BlockLinear
+from fastasync.model.dit import ATTENTION, MLP, BlockLinear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective, Times, stratified
 from fastasync.training import build as build_module
@@ -202,6 +202,7 @@ def test_config_offers_every_backend_and_recomputation():
     items = [*dataclasses.fields(Model), *dataclasses.fields(Train)]
     choices = {item.name: item.metadata.get("choices") for item in items}
     assert choices["attention"] == ATTENTION
+    assert choices["mlp"] == MLP
     assert choices["memory"] == ("auto", *RECOMPUTE)
 
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from fastasync_kernels import weight_gradient
+from fastasync_kernels import gated_mlp, weight_gradient
+from safetensors.torch import load_file
 
 from fastasync.config import differences
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, memory_estimate
 from fastasync.model.dit import BlockLinear
 from fastasync.training import PlainEngine, build_model
-from fastasync.training.build import choose_autocast, choose_memory, prepare_model, use_fp8
+from fastasync.training.build import check_training, choose_autocast, choose_memory, prepare_model, use_fp8
+from tests.kernels import quack_kit
 
 CPU = torch.device("cpu")
 
@@ -118,3 +120,70 @@ def test_weight_gradients_in_parts(tiny, monkeypatch, compiled):
     for name, gradient in gradients[0].items():
         assert float((gradient - gradients[1][name]).norm()) <= 2.0**-7 * float(gradient.norm()), name
     assert any(not torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+def test_the_mlps_are_chosen_for_bf16(tiny, monkeypatch):
+    """Not under ZeRO 3, which gathers weights for each layer's own call."""
+    asked = []
+    monkeypatch.setattr(gated_mlp, "resolve_mlp", lambda *a: asked.append(a[3:]) or "quack")
+    chosen = {}
+    for precision, zero in (("bf16", 1), ("fp32", 1), ("bf16", 3)):
+        config = tiny(train=dict(precision=precision, zero=zero), model=dict(mlp="quack"))
+        chosen[precision, zero] = prepare_model(build_model(config), config, CPU, 8).chosen_mlp
+    assert chosen == {("bf16", 1): "quack", ("fp32", 1): "quack", ("bf16", 3): "plain"}
+    shape = gated_mlp.Shape(32, 16, 42, 16)
+    assert asked == [(torch.bfloat16, shape, True), (torch.float32, shape, True)]
+
+
+def test_memory_auto_counts_what_the_mlps_keep():
+    model = xl()
+    model._ops = model._ops._replace(mlp="quack")
+    saved = 28 * 256 * 256 * 3072 * 2
+    need = [memory_estimate(each, 256, "bf16", "none").total for each in (xl(), model)]
+    assert need[0] - need[1] == saved
+    between = (need[0] - memory_estimate(xl(), 256).weights) / 0.9 - saved / 2
+    assert [choose_memory("auto", each, 256, "bf16", int(between)) for each in (xl(), model)] == ["selective", "none"]
+
+
+@pytest.mark.parametrize(
+    ("train", "model", "words"),
+    [
+        (dict(precision="bf16"), {}, "needs a CUDA device, not cpu"),
+        (dict(precision="bf16", zero=3), {}, "does not go with train.zero=3: choose auto or plain"),
+    ],
+)
+def test_a_named_mlp_that_cannot_run_is_refused_before_any_work(tiny, train, model, words):
+    with pytest.raises(UserError, match=f"model.mlp: quack: {words}"):
+        check_training(tiny(train=train, model=dict(mlp="quack") | model), CPU)
+    check_training(tiny(train=train), CPU)
+
+
+def test_a_named_mlp_on_a_gpu(tiny, monkeypatch):
+    """With a device that looks like one: fp8, a size that TMA cannot read, a package that is not there."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.raises(UserError, match=r"model.mlp: quack: does not go with train.precision=fp8"):
+        check_training(tiny(train=dict(precision="fp8"), model=dict(mlp="quack")), cuda)
+    with pytest.raises(UserError, match=r"model.mlp: quack: needs sizes that are multiples of 8, not 42"):
+        check_training(tiny(train=dict(precision="bf16"), model=dict(mlp="quack")), cuda)
+    right = tiny(train=dict(precision="bf16"), model=dict(mlp="quack", mlp_multiple=8))
+    with quack_kit.installed():
+        check_training(right, cuda)
+
+
+def test_a_step_by_quacks_stand_in(tmp_path, tiny, run, monkeypatch, caplog):
+    """The loop, the optimizer and the checkpoints notice nothing: the losses are close, names and shapes the same."""
+    done, losses = {}, {}
+    for mlp in ("plain", "quack"):
+        monkeypatch.setattr(gated_mlp, "resolve_mlp", lambda *a, mlp=mlp: mlp)
+        config = tiny(train=dict(steps=3, precision="bf16", compile="off"), model=dict(mlp_multiple=8))
+        with quack_kit.installed():
+            done[mlp] = run(config, tmp_path / mlp)
+        losses[mlp] = load_file(done[mlp].checkpoint / "model.safetensors")
+    assert {name: value.shape for name, value in losses["plain"].items()} == {
+        name: value.shape for name, value in losses["quack"].items()
+    }
+    for name, value in losses["plain"].items():
+        torch.testing.assert_close(losses["quack"][name], value, rtol=0, atol=5e-3, msg=name)
+    assert any(not torch.equal(losses["quack"][name], value) for name, value in losses["plain"].items())

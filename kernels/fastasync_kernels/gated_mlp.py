@@ -1,0 +1,293 @@
+"""The gated MLP ``y = h w3^T + b3``, ``h = silu(a) b``, ``[a, b] = x w12^T + b12``, as one operation with gradients.
+
+The two products beside the activation compute it in their epilogues, by quack-kernels (``quack_products``):
+
+    packed, h           = gated(x, w12, b12)                 kept: x and packed, not h
+    dpacked, h, db12    = gated_backward(g, w3, packed)      g = dL/dy
+    dw3 = g^T h,  db3 = sum of g's rows,  dx = dpacked w12,  dw12 = dpacked^T x
+
+quack wants gate and up by turns, the network's w12 has them as halves: it is put into the other order while it is
+rounded, and its gradient into the first again, a copy of the weight each way (and none where torch.compile fuses it
+with the conversion).
+
+``resolve_mlp`` chooses between this (``quack``) and separate operations (``plain``), as ``attention.resolve_backend``
+does: outside of torch.compile, before the model is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from ._timing import recorded_milliseconds
+from .weight_gradient import weight_gradient
+
+BACKENDS = ("plain", "quack")
+EXTRA = "pip install 'fastasync[quack]'"
+ALIGNED = 8  # numbers of 16 bits: TMA's 16 bytes
+GAIN = 0.99  # of the plain operations' time: what is worth another package's kernels
+_CHECKED_ROWS = 1000  # no multiple of a tile
+_log = logging.getLogger(__name__)
+_choices: dict[tuple[Any, ...], str] = {}
+
+
+class MlpUnavailable(ValueError):
+    """The MLP's backend asked for does not exist or cannot run here; the message says why."""
+
+
+def _products() -> ModuleType:
+    return importlib.import_module(".quack_products", __package__)  # imports quack
+
+
+@torch.library.custom_op("fastasync::gated_product", mutates_args=())
+def _gated_op(x: Tensor, w: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """packed [M, 2 F] (no rows unless ``keep``) and h [M, F], gate and up by turns."""
+    rows, width = x.shape[0], w.shape[0]
+    if not rows:
+        return x.new_empty(0, width), x.new_empty(0, width // 2)
+    with torch.cuda.device_of(x):
+        packed, h = _products().gated(x, w, bias, keep)
+    return x.new_empty(0, width) if packed is None else packed, h
+
+
+@_gated_op.register_fake
+def _(x: Tensor, w: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape[0], w.shape[0]
+    return x.new_empty(rows if keep else 0, width), x.new_empty(rows, width // 2)
+
+
+@torch.library.custom_op("fastasync::gated_product_backward", mutates_args=())
+def _gated_backward_op(g: Tensor, w: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dpacked [M, 2 F] by turns, h [M, F], and the gradient of the bias, float32 [2 F] as halves."""
+    if not packed.shape[0]:
+        return torch.empty_like(packed), g.new_empty(0, w.shape[1]), g.new_zeros(packed.shape[1], dtype=torch.float32)
+    with torch.cuda.device_of(g):
+        return _products().gated_backward(g, w, packed)
+
+
+@_gated_backward_op.register_fake
+def _(g: Tensor, w: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = packed.shape
+    return packed.new_empty(rows, width), g.new_empty(rows, w.shape[1]), g.new_empty(width, dtype=torch.float32)
+
+
+def by_turns(halves: Tensor, dtype: torch.dtype) -> Tensor:
+    """[a, b], the halves of the first axis -> [a0, b0, a1, b1, ..], in ``dtype``."""
+    return _ordered(halves.unflatten(0, (2, -1)), dtype)
+
+
+def as_halves(turns: Tensor, dtype: torch.dtype) -> Tensor:
+    """What ``by_turns`` undoes."""
+    return _ordered(turns.unflatten(0, (-1, 2)), dtype)
+
+
+def _ordered(pairs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first two axes exchanged and merged, in one pass over memory."""
+    return pairs.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).contiguous().flatten(0, 1)
+
+
+class _Mlp(torch.autograd.Function):
+    """``parts``: that the gradients of w12 and w3 are summed over (``weight_gradient``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts: tuple[int, int], keep: bool
+    ) -> Tensor:
+        rows = x.flatten(0, -2).contiguous()
+        turned, last = by_turns(w12, x.dtype), w3.to(x.dtype)
+        packed, h = _gated_op(rows, turned, by_turns(b12, x.dtype), keep)
+        ctx.save_for_backward(rows, turned, last, packed)
+        ctx.parts, ctx.dtypes = parts, tuple(part.dtype for part in (w12, b12, w3, b3))
+        return F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, w12, w3, packed = ctx.saved_tensors
+        g = grads[0].flatten(0, -2).contiguous()
+        dpacked, h, db12 = _gated_backward_op(g, w3, packed)
+        kinds, needs = ctx.dtypes, ctx.needs_input_grad
+        dx = (dpacked @ w12).unflatten(0, grads[0].shape[:-1]) if needs[0] else None
+        dw12 = as_halves(weight_gradient(dpacked, rows, ctx.parts[0]), kinds[0]) if needs[1] else None
+        dw3 = weight_gradient(g, h, ctx.parts[1]).to(kinds[2]) if needs[3] else None
+        db3 = g.sum(0, dtype=torch.float32).to(kinds[3]) if needs[4] else None
+        return dx, dw12, db12.to(kinds[1]) if needs[2] else None, dw3, db3, None, None
+
+
+def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts: tuple[int, int] = (1, 1)) -> Tensor:
+    """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
+
+    w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
+    gradients have their own.  x must be what quack takes (bfloat16 or float16); K, N and F multiples of 8 (ValueError).
+    ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
+    """
+    if w12.dim() != 2 or w3.dim() != 2 or w12.shape != (2 * w3.shape[1], x.shape[-1]):
+        shapes = f"{list(x.shape)}, {list(w12.shape)}, {list(w3.shape)}"
+        raise ValueError(f"x, w12 and w3 must be [..., K], [2 F, K] and [N, F], not {shapes}")
+    if fault := _sizes_fault(w12.shape[1], w3.shape[1], w3.shape[0]):
+        raise ValueError(fault)
+    count = x.shape[:-1].numel()
+    if any(part < 1 or count % part for part in parts):
+        raise ValueError(f"parts {parts} must divide the {count} rows of x")
+    keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, w12, b12, w3, b3))
+    return _Mlp.apply(x, w12, b12, w3, b3, parts, keep)
+
+
+Mlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+SwiGLU = Callable[..., Tensor]  # signature in ``reference``
+
+
+class Shape(NamedTuple):
+    """Sizes of an MLP's call: x [rows, width], w12 [2 hidden, width], w3 [outputs, hidden]."""
+
+    rows: int
+    width: int
+    hidden: int
+    outputs: int
+
+
+def _sizes_fault(*sizes: int) -> str:
+    odd = [size for size in sizes if size % ALIGNED]
+    return f"needs sizes that are multiples of {ALIGNED}, not {odd[0]}" if odd else ""
+
+
+@functools.cache
+def _missing() -> str:
+    """Why quack cannot be used, or an empty string.  Imports it."""
+    try:
+        _products()
+    except ModuleNotFoundError as error:
+        return f"quack-kernels is not installed (no module {error.name}): {EXTRA}"
+    except Exception as error:  # another version, a broken build: anything
+        first = " ".join(str(error).split())[:200]
+        return f"quack-kernels cannot be imported ({type(error).__name__}: {first}): {EXTRA}"
+    return ""
+
+
+def refusal(device: torch.device | str, dtype: torch.dtype, shape: Shape) -> str:
+    """Why ``quack`` cannot run the MLP of this device, dtype and shape, or an empty string."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"needs a CUDA device, not {device}"
+    if dtype != torch.bfloat16:
+        return f"needs bfloat16, not {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return f"needs compute capability 9.0, not {major}.{minor}"
+    return _sizes_fault(*shape[1:]) or _missing()
+
+
+def _results(run: Mlp, inputs: Sequence[Tensor], g: Tensor, gradient: bool) -> list[Tensor]:
+    """The output, and with ``gradient`` the gradients of all five inputs."""
+    leaves = [part.detach().requires_grad_(gradient) for part in inputs]
+    with torch.enable_grad() if gradient else torch.no_grad():
+        y = run(*leaves)
+    return [y.detach(), *(torch.autograd.grad(y, leaves, g.to(y.dtype)) if gradient else ())]
+
+
+def plain_mlp(swiglu: SwiGLU) -> Mlp:
+    """``gated_mlp`` by three operations, of which the second gives w12's bias its gradient."""
+    return lambda x, w12, b12, w3, b3: F.linear(swiglu(F.linear(x, w12, b12.detach()), bias=b12), w3, b3)
+
+
+def disagreement(inputs: Sequence[Tensor], g: Tensor, gradient: bool) -> str:
+    """The first of quack's results that is more than twice as far from float64 as plain operations in the same
+    precision, in words; "" where none is."""
+    plain = plain_mlp(reference.swiglu)
+    known = _results(plain, inputs, g, gradient)
+    truth = _results(plain, [part.double() for part in inputs], g.double(), gradient)
+    found = _results(gated_mlp, inputs, g, gradient)
+    names = ("output", *(f"gradient of {name}" for name in ("x", "w12", "b12", "w3", "b3")))
+    for name, ours, theirs, exact in zip(names, found, known, truth):
+        error, allowed = (float((part.double() - exact).norm()) for part in (ours, theirs))
+        if not error <= 2 * allowed + torch.finfo(ours.dtype).eps * float(exact.norm()):  # NaN too
+            return f"{name} has error {error:.3g}, plain operations {allowed:.3g}"
+    return ""
+
+
+def _draw(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """x, the weights and biases, and the output's gradient."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*size, generator=generator, device=device)).to(dtype)
+
+    rows, width, hidden, outputs = shape
+    weights = [normal(2 * hidden, width, scale=width**-0.5), normal(2 * hidden, scale=0.1)]
+    weights += [normal(outputs, hidden, scale=hidden**-0.5), normal(outputs, scale=0.1)]
+    return [normal(rows, width), *weights], normal(rows, outputs)
+
+
+@functools.cache
+def _fault(device: torch.device, dtype: torch.dtype, shape: Shape, gradient: bool) -> str:
+    """What is wrong with quack's results here, or an empty string: compared once in a process."""
+    with torch.cuda.device(device):
+        try:
+            return disagreement(*_draw(shape, dtype, device), gradient)
+        except Exception as error:  # a just-in-time compiler's failure has many types
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _times(swiglu: SwiGLU, device: torch.device, dtype: torch.dtype, shape: Shape, gradient: bool) -> dict[str, float]:
+    """Backend -> milliseconds, forward or forward and backward."""
+    with torch.cuda.device(device):
+        inputs, g = _draw(shape, dtype, device)
+        runs: dict[str, Mlp] = {"plain": plain_mlp(swiglu), "quack": gated_mlp}
+        return recorded_milliseconds(
+            {name: functools.partial(_results, run, inputs, g, gradient) for name, run in runs.items()}
+        )
+
+
+@torch.compiler.disable
+def resolve_mlp(
+    backend: str, swiglu: SwiGLU, device: torch.device | str, dtype: torch.dtype, shape: Shape, gradient: bool = True
+) -> str:
+    """A concrete, usable backend for the MLP: ``plain`` or ``quack``.
+
+    ``backend``: a name of ``BACKENDS``, or "auto": quack where it can run, its results are right and it is faster than
+    ``plain``, separate operations with this ``swiglu`` (``gradient``: forward and backward, or forward only).  Both are
+    found out once in a process; the choice is logged with its times.
+
+    Raises MlpUnavailable for an unknown name, and for ``quack`` where it cannot run or its results are wrong.
+    """
+    device = torch.device(device)
+    if backend != "auto" and backend not in BACKENDS:
+        raise MlpUnavailable(f"MLP backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
+    if backend == "plain" or not shape.rows:
+        return "plain"
+    reason = refusal(device, dtype, shape)
+    if not reason:
+        checked = shape._replace(rows=min(shape.rows, _CHECKED_ROWS))
+        fault = _fault(device, dtype, checked, gradient)
+        reason = f"its results are wrong on {device}: {fault}" if fault else ""
+        if fault and backend == "auto":
+            _log.warning("MLP: quack left out, %s", reason)
+    if backend == "auto":
+        return "plain" if reason else _faster(swiglu, device, dtype, shape, gradient)
+    if reason:
+        raise MlpUnavailable(f"MLP backend quack cannot be used: {reason}; choose auto or plain")
+    return backend
+
+
+def _faster(swiglu: SwiGLU, device: torch.device, dtype: torch.dtype, shape: Shape, gradient: bool) -> str:
+    key = (torch.cuda.get_device_name(device), dtype, shape, gradient)
+    if key not in _choices:
+        try:
+            times = _times(swiglu, device, dtype, shape, gradient)
+        except torch.cuda.OutOfMemoryError:
+            return "plain"
+        finally:
+            torch.cuda.empty_cache()  # who asks next how much memory is free shall see it
+        _choices[key] = "quack" if times["quack"] < GAIN * times["plain"] else "plain"
+        direction = "forward and backward" if gradient else "forward"
+        listing = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+        _log.info("MLP: %s for %s %s, %s (%s)", _choices[key], list(shape), dtype, direction, listing)
+    return _choices[key]

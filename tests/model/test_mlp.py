@@ -1,0 +1,205 @@
+"""The network with its MLPs by quack-kernels, of which a stand-in computes the products here."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from fastasync_kernels import gated_mlp, reference
+
+from fastasync.errors import UserError
+from fastasync.model import activation_memory
+from fastasync.model.dit import select_ops
+from fastasync.training.build import use_fp8
+from tests.kernels import quack_kit
+
+HALF = torch.bfloat16
+
+
+@pytest.fixture
+def quack():
+    """quack's stand-in, tests/kernels/quack_kit.py."""
+    torch._dynamo.reset()
+    with quack_kit.installed():
+        yield
+
+
+def perturbed(build, **changes):
+    """Two blocks, hidden width 96, as initialised and a little off: adaLN's zeros would hide the MLPs, and wilder
+    weights make rounding wild."""
+    made = build(2, zero=True, **({"grid": 2, "depth": 2, "width": 32, "mlp_multiple": 16, "repa_width": 12} | changes))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return made
+
+
+@pytest.fixture
+def model(build):
+    """One whose MLPs are quack's."""
+    made = perturbed(build)
+    made._ops = made._ops._replace(mlp="quack")
+    return made
+
+
+def outputs(network, model, inputs, dtype=HALF):
+    """Velocity, and the gradients of every parameter, under autocast."""
+    with torch.autocast(inputs[0].device.type, dtype, enabled=dtype is HALF):
+        v, tokens = network(*inputs, return_repa=True)
+    loss = v.square().mean() + tokens.tanh().mean()
+    parameters = dict(model.named_parameters())
+    return {"v": v.detach(), **dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))}
+
+
+def assert_close(results, truth):
+    """bf16's errors are 3 % here at most, a wrong tensor's is near 1.  (That the MLP alone is no worse than twice the
+    plain operations is tested beside it.)"""
+    for name, exact in truth.items():
+        assert float((results[name].double() - exact).norm()) <= 0.1 * float(exact.norm()), name
+
+
+def test_the_network_as_in_float64(quack, model, batch):
+    inputs = batch(model)
+    plain = copy.deepcopy(model)
+    plain._ops = plain._ops._replace(mlp="plain")
+    exact = copy.deepcopy(plain).double()
+    wide = [part.double() if part.is_floating_point() else part for part in inputs]
+    truth = outputs(exact, exact, wide, torch.float64)
+    ours, theirs = outputs(model, model, inputs), outputs(plain, plain, inputs)
+    assert {name: value.dtype for name, value in ours.items()} == {name: value.dtype for name, value in theirs.items()}
+    assert_close(ours, truth)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)  # the stand-in did compute it
+
+
+@pytest.mark.parametrize("what", ["model", "blocks"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_and_recomputed_without_a_graph_break(quack, model, batch, what, recompute):
+    """``fullgraph`` raises at a graph break, in the forward pass and in what autograd traces."""
+    inputs = batch(model)
+    expected = outputs(model, model, inputs)
+    compiled = copy.deepcopy(model)
+    compiled.set_recompute(recompute)
+    if what == "model":
+        compiled.compile(backend="aot_eager", fullgraph=True)
+    for block in compiled.blocks if what == "blocks" else ():
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    found = outputs(compiled, compiled, inputs)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == (1 if what == "model" else 2)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_eagerly(quack, model, batch, recompute):
+    inputs = batch(model)
+    expected = outputs(model, model, inputs)
+    model.set_recompute(recompute)
+    found = outputs(model, model, inputs)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_other_dtypes_and_fp8_are_not_quacks(model, batch, monkeypatch):
+    """Chosen for bf16: float32 (an evaluation without autocast, say) and linears in fp8 go their own way."""
+    monkeypatch.setattr(gated_mlp, "gated_mlp", lambda *a: pytest.fail("called"))
+    inputs = batch(model)
+    plain = copy.deepcopy(model)
+    plain._ops = plain._ops._replace(mlp="plain")
+    assert torch.equal(model(*inputs), plain(*inputs))
+    use_fp8(model, torch.device("cpu"), emulate=True)
+    with torch.autocast("cpu", HALF):
+        v = model(*inputs)
+    expected = plain(*inputs).detach()
+    assert 1e-6 < float((v.detach() - expected).norm() / expected.norm()) < 0.1
+
+
+def test_without_gradients(quack, model, batch):
+    """Of another batch than its weights' gradients were divided for."""
+    inputs = batch(model)
+    for block in model.blocks:
+        block.mlp.w12.parts = block.mlp.w3.parts = 7
+    with torch.autocast("cpu", HALF):
+        with torch.no_grad():
+            found = model(*inputs)
+        for block in model.blocks:
+            block.mlp.w12.parts = block.mlp.w3.parts = 2
+        assert torch.equal(model(*inputs).detach(), found)
+
+
+def kept_bytes(model, inputs):
+    """Bytes that autograd keeps for the backward pass, each storage once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", HALF):
+        out = model(*inputs)
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_quack_itself(build, batch, compiled):
+    """On the kernels, a block compiled by Inductor as in training."""
+    torch._dynamo.reset()
+    model = perturbed(build, grid=8, width=64, kernels="triton", mlp="quack").cuda()
+    if reason := gated_mlp.refusal("cuda", HALF, gated_mlp.Shape(64, 64, 176, 64)):
+        pytest.skip(f"quack {reason}")
+    inputs = [part.cuda() for part in batch(model, 4)]
+    exact = perturbed(build, grid=8, width=64, kernels="reference").cuda().double()
+    exact.load_state_dict(model.state_dict())
+    assert model.choose_mlp(4, HALF) == "quack"
+    for block in model.blocks if compiled else ():
+        block.compile(fullgraph=True, dynamic=False)
+    wide = [part.double() if part.is_floating_point() else part for part in inputs]
+    truth = outputs(exact, exact, wide, torch.float64)
+    assert_close(outputs(model, model, inputs), truth)
+
+
+def test_it_keeps_one_hidden_width_less(quack, build, batch):
+    model = build(1, grid=8, depth=1, width=32, mlp_multiple=8, patch=1)
+    inputs, kept, estimates = batch(model, 16), {}, {}
+    for mlp in ("plain", "quack"):
+        model._ops = select_ops("reference", torch.device("cpu"), "sdpa", mlp)
+        kept[mlp], estimates[mlp] = kept_bytes(model, inputs), activation_memory(model, 16)
+    plane = 16 * 64 * 88 * 2
+    assert estimates["plain"] - estimates["quack"] == plane
+    assert kept["plain"] - kept["quack"] >= plane
+
+
+def test_what_is_chosen(build, monkeypatch):
+    asked = []
+
+    def resolve(backend, swiglu, device, dtype, shape, gradient):
+        asked.append((backend, swiglu, shape, gradient))
+        return "plain" if backend == "plain" else "quack"
+
+    monkeypatch.setattr(gated_mlp, "resolve_mlp", resolve)
+    model = build(2, grid=4, width=32, mlp_multiple=8, kernels="reference")
+    assert model.mlp == "auto"
+    assert model.chosen_mlp == "plain"
+    assert model.choose_mlp(5, HALF) == "plain"  # the reference is PyTorch alone
+    named = build(2, grid=4, width=32, mlp_multiple=8, kernels="reference", mlp="quack")
+    assert named.choose_mlp(5, HALF, gradient=False) == named.chosen_mlp == "quack"
+    named.choose_attention(5, torch.float32)
+    assert named.chosen_mlp == "quack"
+    assert pickle.loads(pickle.dumps(named))._ops == named._ops
+    assert named.to("cpu").chosen_mlp == "plain"  # moved: it has to be chosen again
+    shape = gated_mlp.Shape(80, 32, 88, 32)
+    assert asked == [("plain", reference.swiglu, shape, True), ("quack", reference.swiglu, shape, False)]
+    pytest.importorskip("triton")
+    kernels = build(2, grid=4, width=32, mlp_multiple=8, kernels="triton", mlp="auto")
+    assert kernels.choose_mlp(5, HALF) == "quack"
+    assert asked[-1][0] == "auto"
+
+
+def test_names_and_what_cannot_run_here(build):
+    with pytest.raises(UserError, match=r"model.mlp: fused: choose one of auto, plain, quack"):
+        build(mlp="fused")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with pytest.raises(UserError, match=r"model.mlp: quack: .*needs bfloat16|needs a CUDA device"):
+        build(mlp="quack").to(device).choose_mlp(2, torch.float32)
