@@ -6,8 +6,11 @@ two moments, EMA; stage 3 keeps a second copy of its weights):
 
     ZeRO 0: 4 + 4 + 12      1: 4 + 4 + 12 / N      2: 4 + (4 + 12) / N      3: (4 + 4 + 16) / N
 
+In stages 1 and 2 the weights of linears are bf16 where the plain engine's are (`build.use_working_weights`), and each
+rank holds the float32 ones of its shard: 2 + 2 + 16 / N and 2 + (4 + 16) / N.  There we reduce the gradients ourselves
+(`deepspeed_shards`), unless the user's JSON says how DeepSpeed is to.
+
 In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and no wait of the host.
-(Of several ranks' gradients DeepSpeed waits for the last one at the end of the backward pass; of one rank's never.)
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
