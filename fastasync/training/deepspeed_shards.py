@@ -5,11 +5,12 @@ does between the backward pass and the next step reads and writes all gradients 
 although each needs its own part.  Here, of a parameter's gradient,
 
     ZeRO 1: one copy into a flat tensor as all gradients are there, one reduce-scatter into the shard
-    ZeRO 2: one copy while the backward pass runs, bucket by bucket, and a reduction to the rank that owns it
+    ZeRO 2: one copy in the backward pass, bucket by bucket, and a reduction to the rank that owns it
 
 then the update and one all-gather of the weights.  Sums are float32 whatever the gradients are; that they are to be
 means is left to the update, which scales gradients anyway.  Groups may differ in dtype: the weights of one in bf16
-(`build.use_working_weights`) halve its all-gather.
+(`build.use_working_weights`) halve its all-gather.  To go on with the backward pass while a bucket is reduced gained
+nothing (bench/NOTES.md): the products have fewer multiprocessors then.
 """
 
 from __future__ import annotations
@@ -52,12 +53,8 @@ class Shards:
     ``update`` updates this rank's shards from their gradients, which are sums over the ranks.
     """
 
-    overlap = False  # ZeRO 2: whether the backward pass goes on while a bucket is reduced
-
-    def __init__(
-        self, sharded: Any, stage: int, world: int, rank: int, update: Callable[[], None], bucket: int = BUCKET
-    ):
-        self._sharded, self._world, self._rank, self._update, self._bucket = sharded, world, rank, update, bucket
+    def __init__(self, sharded: Any, stage: int, world: int, rank: int, update: Callable[[], None]):
+        self._sharded, self._world, self._rank, self._update = sharded, world, rank, update
         self._places: dict[nn.Parameter, _Place] = {}
         for group, params in enumerate(sharded.bit16_groups):
             start = 0
@@ -67,12 +64,11 @@ class Shards:
         self._shards: list[Tensor | None] = [None] * len(sharded.bit16_groups)
         self._waiting: list[nn.Parameter] = []  # ZeRO 2: with a gradient that is not reduced yet
         self._reduced: set[nn.Parameter] = set()  # ZeRO 2: since the last update
-        self._sent: list[tuple[Any, Tensor, Tensor | None]] = []  # ZeRO 2: a reduction, its sums, where to add them
         if stage == 1:
             sharded.reduce_gradients = self._reduce_all
         else:
             sharded.process_gradients = self._collect
-            sharded.overlapping_partition_gradients_reduce_epilogue = self._reduce_rest
+            sharded.overlapping_partition_gradients_reduce_epilogue = self._reduce_waiting
         sharded.step = self._step
 
     @torch.no_grad()
@@ -95,25 +91,8 @@ class Shards:
     def _collect(self, p: nn.Parameter, group: int) -> None:
         """ZeRO 2: the gradient of one parameter is there."""
         self._waiting.append(p)
-        if sum(each.numel() for each in self._waiting) >= self._bucket:
-            self._settle()
+        if sum(each.numel() for each in self._waiting) >= BUCKET:
             self._reduce_waiting()
-            if not self.overlap:
-                self._settle()
-
-    def _reduce_rest(self) -> None:
-        """ZeRO 2: the backward pass is over."""
-        self._reduce_waiting()
-        self._settle()
-
-    def _settle(self) -> None:
-        """Let the device wait for the reductions that were sent."""
-        for work, total, part in self._sent:
-            if work is not None:
-                work.wait()
-            if part is not None:
-                part.add_(total)
-        self._sent.clear()
 
     @torch.no_grad()
     def _reduce_waiting(self) -> None:
@@ -136,8 +115,10 @@ class Shards:
                         sizes.append(b - a)
                         grads.append(None if p.grad is None else p.grad.reshape(-1)[a:b])
                 _fill(total.split(sizes), grads)
-                work = distributed.reduce(total, owner, async_op=True) if self._world > 1 else None
-                self._sent.append((work, total, None if first else part))
+                if self._world > 1:
+                    distributed.reduce(total, owner)
+                if part is not None and not first:
+                    part.add_(total)
         for p in waiting:
             p.grad = None
         self._reduced.update(waiting)

@@ -28,6 +28,7 @@ STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
     "zero0": (dict(zero=0), None),
     "zero1": (dict(zero=1), None),
     "zero2": (dict(zero=2), None),
+    "zero2-buckets": (dict(zero=2), None),
     "zero3": (dict(zero=3), None),
     # without its threshold, parameters as small as these would not be sharded at all
     "zero3-sharded": (dict(zero=3), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
@@ -139,6 +140,8 @@ def runs(tmp_path_factory):
                 changes = {**changes, "deepspeed_config": str(folder / f"{name}.json")}
                 (folder / f"{name}.json").write_text(json.dumps(settings))
             jobs.append(dict(name=name, out=folder / name, config=train_fields(**changes)))
+            if name in ("zero2-buckets", "zero2-bf16-undivided"):
+                jobs[-1]["bucket"] = 1500  # of 14,000 numbers, in several buckets
         # one process, then ZeRO 2 on two ranks, ZeRO 1, ZeRO 3, (below) one process again
         for steps, zero in ((5, 2), (7, 1), (9, 3), (10, 0)):
             fields = train_fields(steps=steps, zero=zero)
