@@ -27,7 +27,7 @@ demo: $(VENV)/.installed ## the main job on scikit-learn's digits: prepare, prob
 	$(BIN)/fastasync run --preset digits --out $(OUT)/digits
 
 test: $(VENV)/.installed-dev ## all tests that need no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.installed-dev ## kernel and training tests on a CUDA device
 	$(BIN)/python -m pytest -m gpu

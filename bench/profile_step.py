@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,40 @@ def busy_and_idle(intervals: Sequence[tuple[float, float]]) -> tuple[float, floa
     return busy, span - busy
 
 
+def record(
+    bench: Bench, step: Callable[[], object], steps: int
+) -> tuple[profile, list[tuple[str, float]], list[tuple[float, float]]]:
+    """Profile ``steps`` calls: the profile, (name, microseconds) of each kernel, (start, end) of each.
+
+    On a CPU: of each operator, and no spans.
+    """
+    cuda = bench.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    with profile(activities=activities) as profiled:
+        for _ in range(steps):
+            step()
+        bench.synchronize()
+    found = profiled.events() or []
+    if not cuda:
+        return profiled, [(event.name, event.self_cpu_time_total) for event in found], []
+    # annotations span the kernels inside them: they would be counted twice
+    kernels = [event for event in found if event.device_type == DeviceType.CUDA]
+    kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False) and not e.name.startswith("##")]
+    events = [(event.name, event.self_device_time_total) for event in kernels]
+    return profiled, events, [(event.time_range.start, event.time_range.end) for event in kernels]
+
+
+def longest(events: Sequence[tuple[str, float]], steps: int, count: int) -> list[str]:
+    """A line for each of the ``count`` kernels that take longest."""
+    times: dict[str, list[float]] = {}
+    for name, microseconds in events:
+        times.setdefault(name, []).append(microseconds / 1e3 / steps)
+    return [
+        f"  {sum(each):9.3f} ms  {len(each) / steps:6g} calls  {category(name):13s} {name[:110]}"
+        for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:count]
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     top = argparse.ArgumentParser(prog="bench.profile_step", description=__doc__)
     cuda = torch.cuda.is_available()
@@ -71,36 +105,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     (work,) = works.values()
     schedule = learned_schedule(work.config)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with profile(activities=activities) as profiled:
-        for _ in range(chosen.steps):
-            work.step(schedule)
-        bench.synchronize()
+    profiled, events, spans = record(bench, lambda: work.step(schedule), chosen.steps)
     chosen.out.mkdir(parents=True, exist_ok=True)
     trace = chosen.out / f"{chosen.size}-{chosen.variant.replace(' ', '-')}.json.gz"
     profiled.export_chrome_trace(str(trace))
-    found = profiled.events() or []
-    if cuda:
-        # annotations span the kernels inside them: they would be counted twice
-        kernels = [event for event in found if event.device_type == DeviceType.CUDA]
-        kernels = [e for e in kernels if not getattr(e, "is_user_annotation", False) and not e.name.startswith("##")]
-        events = [(event.name, event.self_device_time_total) for event in kernels]
-    else:
-        events = [(event.name, event.self_cpu_time_total) for event in found]
     totals = by_category(events, chosen.steps)
     everything = sum(totals.values())
     for kind, ms in sorted(totals.items(), key=lambda item: -item[1]):
         note = f"{ms / everything:.1%} of {everything:.4g} ms" if everything else ""
         times, shape = Summary(ms, ms, ms, chosen.steps), f"{chosen.size} batch {chosen.batch}"
         bench.add("profile", kind, chosen.variant, shape, work.config.train.precision, times, note=note)
-    longest: dict[str, list[float]] = {}
-    for name, microseconds in events:
-        longest.setdefault(name, []).append(microseconds / 1e3 / chosen.steps)
-    for name, each in sorted(longest.items(), key=lambda item: -sum(item[1]))[:40]:
-        print(f"  {sum(each):9.3f} ms  {len(each) / chosen.steps:6g} calls  {category(name):13s} {name[:110]}")
+    for line in longest(events, chosen.steps, 40):
+        print(line)
     print(f"{len(events) / chosen.steps:g} {'launches' if cuda else 'operators'} a step")
     if cuda:
-        spans = [(event.time_range.start, event.time_range.end) for event in kernels]
         busy, idle = (each / 1e3 / chosen.steps for each in busy_and_idle(spans))
         print(f"{busy:.4g} ms a step in which a kernel runs, {idle:.4g} ms in which none does")
     if cuda or chosen.record:

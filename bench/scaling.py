@@ -1,22 +1,24 @@
 """Training steps on one GPU and on several of one host: ``python -m bench.scaling --gpus 2``.
 
 One process times the plain engine and DeepSpeed's ZeRO 1; then torchrun's ranks time the plain engine on the first GPU
-alone (the baseline, before and after), ZeRO 1 and 2 with the same batch on every GPU (weak scaling), and ZeRO 1 with
-the baseline's batch divided among them.  What is recomputed in the backward pass the baseline chooses, for all.
+alone (the baseline, before and after) and on each at once without a word between them (GPUs differ, and the slowest
+decides), ZeRO 1 and 2 with the same batch on every GPU (weak scaling), ZeRO 1 with the baseline's batch divided among
+them, and ZeRO 1 as DeepSpeed itself reduces.  What is recomputed in the backward pass the baseline chooses, for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +26,9 @@ import torch
 from torch import distributed
 
 from bench.harness import RESULTS, ROOT, Bench, Row, Summary, device_name, summarize, write_rows
+from bench.profile_step import busy_and_idle, by_category, longest, record
 from bench.subjects.step import peak_gib
-from bench.workload import configuration, latents, learned_schedule, make_work
+from bench.workload import Work, configuration, latents, learned_schedule, make_work
 from fastasync.config import Config, config_from_dict
 from fastasync.distributed import session
 from fastasync.model import train_flops
@@ -34,14 +37,18 @@ from fastasync.training.engine import PlainEngine, build_engine
 
 ALONE_SHARE = 0.4  # of the time, for the part with one process
 INNER, WARM = 5, 2  # timed and untimed steps of a round
+PROFILED = 2  # steps
+# DeepSpeed's reduction as it is fastest: after the backward pass, in two buckets (bench/NOTES.md)
+BY_DEEPSPEED = {"overlap_comm": False, "reduce_scatter": False, "reduce_bucket_size": 500_000_000}
 
 
 class Leg(NamedTuple):
-    """One thing to time.  ``zero`` None: the plain engine, on the first GPU alone.  ``batch``: of a GPU."""
+    """One thing to time.  ``zero`` None: the plain engine.  ``batch``: of a GPU.  ``settings``: DeepSpeed's JSON."""
 
     variant: str
     zero: int | None
     batch: int
+    settings: str = ""
 
 
 def legs(world: int, batch: int) -> list[Leg]:
@@ -50,7 +57,8 @@ def legs(world: int, batch: int) -> list[Leg]:
     if world == 1:
         return [plain, Leg("zero 1", 1, batch), plain]
     strong = [Leg("zero 1 strong", 1, batch // world)] if batch % world == 0 else []
-    return [plain, Leg("zero 1", 1, batch), Leg("zero 2", 2, batch), plain, *strong]
+    theirs = Leg("zero 1 by DeepSpeed", 1, batch, json.dumps({"zero_optimization": BY_DEEPSPEED}))
+    return [plain, Leg("zero 1", 1, batch), Leg("zero 2", 2, batch), plain, *strong, theirs]
 
 
 def config_of(leg: Leg, size: str, world: int, memory: str, compiled: str, json: str = "") -> Config:
@@ -76,7 +84,9 @@ class Scaling:
         self.bench, self.size, self.compiled, self.here = bench, size, compiled, session()
         self.memory = "auto"  # until the baseline has chosen
         self.base: list[float] = []  # medians of the baseline
+        self.apart = False  # whether every GPU has been timed for itself
         self.json = ""  # a file with other settings of DeepSpeed
+        self.control = self.here.start_group(bench.device)
 
     def world(self, leg: Leg) -> int:
         return 1 if leg.zero is None else self.here.world
@@ -85,7 +95,7 @@ class Scaling:
         """Rank 0's clock decides for all."""
         return self.here.from_main(lambda: time.monotonic() + needed < self.bench.deadline)
 
-    def run(self, wanted: Sequence[Leg], rounds: int) -> None:
+    def run(self, wanted: Sequence[Leg], rounds: int, profiled: bool = False) -> None:
         longest = 0.0
         for number, leg in enumerate(wanted):
             if not self.time_left(longest):
@@ -93,52 +103,106 @@ class Scaling:
                     self.bench.skip(f"scaling {', '.join(each.variant for each in wanted[number:])}", "out of time")
                 break
             start = time.monotonic()
-            if leg.zero is None and self.here.world > 1:
-                self.memory = self.here.from_main(partial(self.time, leg, rounds))
-            else:
-                memory = self.time(leg, rounds)
-                self.memory = memory if leg.zero is None else self.memory
+            self.time(leg, rounds, profiled)
             longest = time.monotonic() - start
             torch._dynamo.reset()
             gc.collect()
             if self.bench.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def time(self, leg: Leg, rounds: int) -> str:
-        """Build, warm up, time; returns what the engine recomputes."""
+    def time(self, leg: Leg, rounds: int, profiled: bool) -> None:
+        """Build, warm up, time; of the plain engine, which is built on every GPU, the first alone and then all."""
         bench, world = self.bench, self.world(leg)
         kept = torch.cuda.memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
-        config = config_of(leg, self.size, world, self.memory, self.compiled, self.json)
-        data = latents(config_of(leg, self.size, 1, self.memory, self.compiled), bench.device)
-        work = make_work(config, bench.device, data, make_engine=PlainEngine if leg.zero is None else build_engine)
+        settings = leg.settings or (Path(self.json).read_text() if leg.zero is not None and self.json else "")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "deepspeed.json"
+            file.write_text(settings)
+            given = str(file) if settings else ""
+            config = config_of(leg, self.size, world, self.memory, self.compiled, given)
+            data = latents(config_of(leg, self.size, 1, self.memory, self.compiled), bench.device)
+            work = make_work(config, bench.device, data, make_engine=PlainEngine if leg.zero is None else build_engine)
         schedule = learned_schedule(config)
         for _ in range(3):  # compiles, tunes, makes the optimizer's state
             loss = work.step(schedule)
         if not bool(torch.isfinite(loss).all()):
             raise ArithmeticError(f"{leg.variant}: the loss is {loss.tolist()}")
-        work.engine.barrier()
-        gib = peak_gib(bench, lambda: work.step(schedule))
-        times = bench.interleaved({"": lambda: work.step(schedule)}, rounds=rounds, warm=WARM, inner=INNER)[""]
         recompute = work.engine.model.blocks[0].recompute
+        notes = [f"memory {recompute}, {kept:.1f} GiB before", *([" ".join(settings.split())] if settings else [])]
+
+        def timed() -> tuple[list[float], float | None]:
+            gib = peak_gib(bench, lambda: work.step(schedule))
+            calls = {"": lambda: work.step(schedule)}
+            return bench.interleaved(calls, rounds=rounds, warm=WARM, inner=INNER)[""], gib
+
+        if leg.zero is None:
+            if self.memory == "auto":
+                self.memory = self.here.from_main(lambda: str(recompute))
+            times, gib = self.here.from_main(timed)
+        else:
+            work.engine.barrier()
+            times, gib = timed()
         if self.here.is_main:
-            self.report(leg, config, work.engine.model, summarize(times), gib, f"{recompute}, {kept:.1f} GiB before")
+            self.report(leg, work, summarize(times), gib, notes)
+        if profiled:
+            self.profile(leg, work)
         if leg.zero is not None:
             engine: Any = work.engine
             engine._engine.destroy()  # its hooks would keep the network alive
-        return str(recompute)
+        elif self.here.world > 1 and not self.apart:
+            self.apart = True
+            self.at_once(leg, work, rounds)
 
-    def report(self, leg: Leg, config: Config, model: Any, times: Summary, gib: float | None, note: str) -> None:
-        world, images = self.world(leg), config.train.batch
-        notes = [f"memory {note}"]
+    def at_once(self, leg: Leg, work: Work, rounds: int) -> None:
+        """The plain engine on every GPU at the same time: what nothing but a slower GPU costs."""
+        schedule = learned_schedule(work.config)
+        self.here.from_main(lambda: None)
+        times = self.bench.interleaved({"": lambda: work.step(schedule)}, rounds, warm=WARM, inner=INNER)[""]
+        medians = torch.zeros(self.here.world)
+        medians[self.here.rank] = summarize(times).median
+        distributed.all_reduce(medians, group=self.control)
+        if self.here.is_main:
+            slowest = float(medians.max())
+            images = work.config.train.batch * self.here.world
+            note = "by GPU: " + ", ".join(f"{ms:.1f}" for ms in medians.tolist())
+            summary = Summary(slowest, float(medians.min()), slowest, len(times))
+            case = f"{self.size} on {self.here.world}"
+            shape, precision = f"batch {leg.batch} a GPU", work.config.train.precision
+            self.bench.add("scaling", case, "plain at once", shape, precision, summary, images=images, note=note)
+
+    def profile(self, leg: Leg, work: Work) -> None:
+        """Print where rank 0's device time goes."""
+        schedule = learned_schedule(work.config)
+
+        def step() -> Any:
+            return work.step(schedule)
+
+        if leg.zero is None:  # no word between the ranks: of the first alone
+            self.here.from_main(lambda: self._profile(leg, step))
+        else:
+            self._profile(leg, step)
+
+    def _profile(self, leg: Leg, step: Callable[[], Any]) -> None:
+        _, events, spans = record(self.bench, step, PROFILED)
+        if not self.here.is_main:
+            return
+        busy, idle = (each / 1e3 / PROFILED for each in busy_and_idle(spans))
+        totals = by_category(events, PROFILED)
+        said = ", ".join(f"{kind} {ms:.4g}" for kind, ms in totals.items())
+        count = len(events) / PROFILED
+        self.bench.say(f"  {leg.variant}, ms a step: {said}; busy {busy:.4g}, idle {idle:.4g}; {count:g} launches")
+        for line in longest(events, PROFILED, 25):
+            self.bench.say(line)
+
+    def report(self, leg: Leg, work: Work, times: Summary, gib: float | None, notes: list[str]) -> None:
+        world, config, model = self.world(leg), work.config, work.engine.model
+        images = config.train.batch
         if leg.zero is None:
             self.base.append(times.median / images)
         elif self.base:
             speed_up = self.base[-1] / (times.median / images)
-            notes.insert(
-                0, f"{speed_up:.3f}x the plain engine on one GPU" + (", before" if len(self.base) == 1 else "")
-            )
-        if leg.zero is not None and self.json:
-            notes.append(" ".join(Path(self.json).read_text().split()))
+            before = ", before" if len(self.base) == 1 else ""
+            notes = [f"{speed_up:.3f}x the plain engine on one GPU{before}", *notes]
         if world > 1:
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             notes.append(f"{4 * count / 1e9:.3g} GB of gradients")
@@ -154,7 +218,6 @@ class Scaling:
     def all_reduce(self, numbers: int, rounds: int = 10) -> None:
         """Sum as many float32 as XL has gradients, in one piece; the rate is bytes x 2 (N - 1) / N over time."""
         values = torch.zeros(numbers, device=self.bench.device)
-        self.here.start_group(self.bench.device)
         calls = {"": lambda: distributed.all_reduce(values)}
         times = summarize(self.bench.interleaved(calls, rounds=rounds)[""])
         if self.here.is_main:
@@ -182,7 +245,7 @@ def measure(arguments: argparse.Namespace) -> int:
     scaling = Scaling(bench, arguments.size, "regional" if cuda else "off")
     scaling.json = str(arguments.deepspeed_json) if arguments.deepspeed_json else ""
     wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
-    scaling.run(wanted, arguments.rounds)
+    scaling.run(wanted, arguments.rounds, arguments.profile)
     if here.world > 1 and scaling.time_left(5):
         scaling.all_reduce(675_000_000 if cuda else 1000)
     if distributed.is_initialized():
@@ -222,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--seconds", type=float, default=200.0, help="nothing is begun that would end after this long")
     top.add_argument("--only", action="append", help="plain, zero 1, zero 2 or zero 1 strong; may be repeated")
     top.add_argument("--deepspeed-json", type=Path, help="settings of DeepSpeed to be tried")
+    top.add_argument("--profile", action="store_true", help="print each one's device time by category, and its kernels")
     top.add_argument("--results", type=Path, default=RESULTS)
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")
     top.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # given to the processes that are started

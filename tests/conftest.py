@@ -1,5 +1,7 @@
 """For every test: one thread, the same random numbers each time, and without a GPU Triton's interpreter."""
 
+import importlib
+import importlib.util
 import os
 import random
 import signal
@@ -17,7 +19,31 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported, which fastasync.model does
 
 
+def patch_the_language_once(interpreter):
+    """Let a kernel's calls of other jitted functions leave the language as the launch has patched it.
+
+    Triton's interpreter looks through all of triton.language again at each such call, of which there are several in
+    every program: a third of the kernel tests' time.  It finds nothing to patch then but what it has replaced itself.
+    """
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        languages = [value for value in function.__globals__.values() if value in (interpreter.tl, interpreter.tl.core)]
+        if languages and not any(interpreter.tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()  # of no changes
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_the_language_once(importlib.import_module("triton.runtime.interpreter"))
+
+
 def pytest_collection_modifyitems(items):
+    """Files that take long are begun first, so that no worker is left with one at the end (the order is the sort's)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

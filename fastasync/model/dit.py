@@ -452,8 +452,10 @@ class LightningDiT(nn.Module):
                 module.recompute = what
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LightningDiT:
+        device = self.pos_embed.device
         super()._apply(fn, recurse)
-        self._ops = self._available_ops()  # .to(device) may have changed who can compute them
+        if self.pos_embed.device != device:  # otherwise what `choose_attention` found stays
+            self._ops = self._available_ops()
         return self
 
     def conditioning(self, tau: Tensor, y: Tensor) -> Tensor:

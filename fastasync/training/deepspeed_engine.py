@@ -6,8 +6,11 @@ two moments, EMA; stage 3 keeps a second copy of its weights):
 
     ZeRO 0: 4 + 4 + 12      1: 4 + 4 + 12 / N      2: 4 + (4 + 12) / N      3: (4 + 4 + 16) / N
 
+In stages 1 and 2 the weights of linears are bf16 where the plain engine's are (`build.use_working_weights`), and each
+rank holds the float32 ones of its shard: 2 + 2 + 16 / N and 2 + (4 + 16) / N.  There we reduce the gradients ourselves
+(`deepspeed_shards`), unless the user's JSON says how DeepSpeed is to.
+
 In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and no wait of the host.
-(Of several ranks' gradients DeepSpeed waits for the last one at the end of the backward pass; of one rank's never.)
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
@@ -23,7 +26,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,9 +41,10 @@ from fastasync.errors import UserError, not_installed, require
 from fastasync.model import LightningDiT
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.optim import build_optimizer
-from fastasync.training.build import choose_autocast, choose_device, prepare_model
+from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
-from fastasync.training.deepspeed_json import deepspeed_json
+from fastasync.training.deepspeed_json import deepspeed_json, leaves_reduction_to_us
+from fastasync.training.deepspeed_shards import Shards, whole_packs
 from fastasync.training.engine import (
     OPTIMIZER,
     OPTIMIZER_NUMBERS,
@@ -97,8 +101,17 @@ class DeepSpeedEngine:
         most = torch.tensor(max((RECOMPUTE.index(block.recompute) for block in self.model.blocks), default=0))
         distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=self._control)
         self.model.set_recompute(RECOMPUTE[int(most)])
+        settings = deepspeed_json(config, self.world)
+        zero = settings["zero_optimization"]
+        offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        self._clips = self.stage < 3 and not offloaded
+        self._reduces = self._clips and self.stage > 0 and leaves_reduction_to_us(config)
+        masters = use_working_weights(self.model, config, device) if self._reduces else None
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        # DeepSpeed takes the first group's dtype for that of all gradients
+        kinds = [[p for p in trained if (p.dtype == torch.float32) == wide] for wide in (True, False)]
         self.optimizer = build_optimizer(
-            [p for p in self.model.parameters() if p.requires_grad],
+            [{"params": params} for params in kinds if params],
             impl=train.optimizer,
             lr=train.lr,
             betas=(train.betas[0], train.betas[1]),
@@ -106,29 +119,28 @@ class DeepSpeedEngine:
             ema_decay=train.ema,
         )
         compile_in_place(self.model, train.compile)
-        settings = deepspeed_json(config, self.world)
-        zero = settings["zero_optimization"]
-        offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        self._clips = self.stage < 3 and not offloaded
         if self._clips:
             settings["gradient_clipping"] = 0.0
         if self._clips and self.stage:
             zero["compute_grad_norm"] = False
-        if self.stage in (1, 2) and self.world == 1:
-            settings["gradient_allreduce_op"] = "sum"  # one rank's sum is its mean, without a pass that divides by 1
         self._plain_step = self.optimizer.step
         self.optimizer.step = self._update  # type: ignore[method-assign]
         self._updating, self._norm = False, torch.zeros((), device=device)
         self._limit: Tensor | None = None
         wrapped = _Autocast(self.model, choose_autocast(train.precision, device))
         log.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
-        self._engine, self._sharded, _, _ = deepspeed.initialize(
-            model=wrapped, optimizer=self.optimizer, config=settings, dist_init_required=False
-        )
+        with whole_packs() if self._reduces else nullcontext():
+            self._engine, self._sharded, _, _ = deepspeed.initialize(
+                model=wrapped, optimizer=self.optimizer, config=settings, dist_init_required=False
+            )
         log.setLevel(logging.WARNING)
         self._parts_done = 0
         if self._clips and self.stage:
             self._share_weights()
+        if masters is not None:
+            self._unround(masters)
+        if self._reduces:
+            Shards(self._sharded, self.stage, self.world, self.rank, self._update)
         self._make_state()
 
     # --- a step -------------------------------------------------------------------------------------------------
@@ -173,7 +185,8 @@ class DeepSpeedEngine:
             if self.stage == 0:
                 self._norm = clipped_step(self.optimizer, self._train.clip, self._limit)
             elif self._clips:
-                self.optimizer.clip_and_step(self._train.clip or None, combine=self._norm_of_all)
+                scale = 1 / self.world if self._reduces else 1.0  # our reduction sums, DeepSpeed's averages
+                self.optimizer.clip_and_step(self._train.clip or None, scale, self._norm_of_all)
             elif self._limit is None or float(self._sharded._global_grad_norm) <= float(self._limit):
                 self._plain_step()
         finally:
@@ -220,11 +233,20 @@ class DeepSpeedEngine:
         return list(self._sharded.single_partition_of_fp32_groups)
 
     def _share_weights(self) -> None:
-        """Make DeepSpeed's float32 copy of this rank's weights the weights themselves: they are float32 already."""
+        """Make DeepSpeed's float32 copy of this rank's weights the weights themselves where they are float32."""
         sharded = self._sharded
         for copy, shards in zip(sharded.single_partition_of_fp32_groups, sharded.parallel_partitioned_bit16_groups):
-            copy.data = shards[self.rank].data
+            if shards[self.rank].dtype == copy.dtype:
+                copy.data = shards[self.rank].data
         sharded._link_all_hp_params()
+
+    @torch.no_grad()
+    def _unround(self, masters: Sequence[Tensor]) -> None:
+        """Train from rank 0's float32 weights, not from what working weights were rounded to."""
+        for p, master in zip(self.model.parameters(), masters):
+            if p.dtype != master.dtype:
+                distributed.broadcast(master, 0)
+                self._set(p, None, master)
 
     @torch.no_grad()
     def _make_state(self) -> None:

@@ -27,6 +27,17 @@ _OURS = {
     "zero_allow_untested_optimizer": "train.optimizer",
 }
 
+# Besides what stands under zero_optimization, what DeepSpeed's own reduction reads.
+_REDUCTION = {
+    "communication_data_type",
+    "data_types",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "sparse_gradients",
+    "zenflow",
+}
+
 
 def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
     """What ``deepspeed.initialize`` receives for ``world`` ranks.
@@ -43,36 +54,33 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.batch // (world * train.accumulate),
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": train.clip,
-        "zero_optimization": {"stage": train.zero, **_reduction(train.zero, world)},
+        "zero_optimization": {"stage": train.zero},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device before and after every step
     }
-    if not train.deepspeed_config:
-        return ours
-    path = Path(train.deepspeed_config)
+    if train.zero in (1, 2) and leaves_reduction_to_us(config):
+        ours["zero_optimization"] |= {"contiguous_gradients": False, "overlap_comm": False}  # no buckets of its own
+    if train.deepspeed_config:
+        _merge(ours, _read(train.deepspeed_config), Path(train.deepspeed_config), "")
+    return ours
+
+
+def leaves_reduction_to_us(config: Config) -> bool:
+    """Whether the user's JSON, if there is one, says nothing about how ZeRO 1 and 2 reduce gradients."""
+    theirs = _read(config.train.deepspeed_config) if config.train.deepspeed_config else {}
+    return not _REDUCTION.intersection(theirs) and set(theirs.get("zero_optimization", ())) <= {"stage"}
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
     try:
         theirs = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError("train.deepspeed_config", path, f"cannot be read as JSON ({error})") from None
     if not isinstance(theirs, dict):
         raise UserError("train.deepspeed_config", path, "needs a JSON object")
-    _merge(ours, theirs, path, "")
-    return ours
-
-
-def _reduction(stage: int, world: int) -> dict[str, Any]:
-    """How stages 1 and 2 reduce gradients; a user's JSON may say otherwise.
-
-    Of several ranks: in buckets of 2 GB, and without the copies that DeepSpeed's reduce_scatter makes although it
-    reduces everything everywhere.  Beside the backward pass (overlap_comm, smaller buckets) it was slower (XL on two
-    H200: 419 against 416 ms, bench/NOTES.md).  Of one rank: every large gradient where it lies, in no bucket.
-    """
-    if stage not in (1, 2):
-        return {}
-    if world == 1:
-        return {"contiguous_gradients": False, "reduce_bucket_size": 2**20}
-    return {"overlap_comm": False, "reduce_scatter": False, "reduce_bucket_size": 500_000_000}
+    return theirs
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, prefix: str) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once: 2 s
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._timing import recorded_milliseconds
@@ -271,7 +272,7 @@ def _measure(candidates: list[str], device: torch.device, dtype: torch.dtype, sh
     return timings
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def resolve_backend(
     backend: str, device: torch.device | str, dtype: torch.dtype, shape: tuple[int, ...], gradient: bool = True
 ) -> str:

@@ -17,14 +17,15 @@ def test_the_baseline_is_timed_before_and_after():
         ("zero 2", 2, 256),
         ("plain", None, 256),
         ("zero 1 strong", 1, 128),
+        ("zero 1 by DeepSpeed", 1, 256),
     ]
     assert [leg.variant for leg in scaling.legs(1, 256)] == ["plain", "zero 1", "plain"]
-    assert len(scaling.legs(3, 256)) == 4
+    assert len(scaling.legs(3, 256)) == 5
 
 
 def test_configurations():
     plain, two, strong = (
-        scaling.config_of(leg, "XL", 2, "selective", "regional").train for leg in scaling.legs(2, 256)[::2]
+        scaling.config_of(leg, "XL", 2, "selective", "regional").train for leg in scaling.legs(2, 256)[:5:2]
     )
     assert (plain.engine, plain.batch, plain.memory) == ("plain", 256, "selective")
     assert (two.engine, two.zero, two.batch, two.memory) == ("deepspeed", 2, 512, "selective")
@@ -57,11 +58,12 @@ def test_one_process_and_two_ranks(tmp_path):
         ("tiny on 1", "zero 1"),
         ("tiny on 1", "plain"),
         ("tiny on 1", "plain"),
+        ("tiny on 2", "plain at once"),
         ("tiny on 2", "zero 1"),
         ("tiny on 1", "plain"),
         ("on 2", "all_reduce"),
     ]
-    base, two = rows[3], rows[4]
+    base, two = rows[3], rows[5]
     assert two.images_per_s == pytest.approx(16e3 / two.ms, rel=1e-3)
     said = float(two.note.split("x the plain engine")[0])
     assert said == pytest.approx(two.images_per_s / base.images_per_s, rel=2e-3)

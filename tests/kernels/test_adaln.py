@@ -7,6 +7,11 @@ from fastasync_kernels.adaln import gated_rmsnorm_modulate, rmsnorm_modulate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+BIASES = [  # of x, and whether the bias is so too or float32
+    (torch.float32, True),
+    *((torch.float16, alike) for alike in (False, True)),
+    *(pytest.param(torch.bfloat16, alike, marks=pytest.mark.gpu) for alike in (False, True)),
+]
 SHAPES = [(2, 17, 72), (1, 1, 96), (3, 40, 100), (1, 34, 1152), (2, 3, 2)]  # batch, tokens, width
 GATED = ("x", "y", "gate", "weight", "shift", "scale")
 PLAIN = ("x", "weight", "shift", "scale")
@@ -54,8 +59,7 @@ def test_outputs_and_gradients_no_worse_than_twice_the_reference(shape, dtype, n
         no_worse(ours, run(theirs, names, arguments, upstream), truth, results)
 
 
-@pytest.mark.parametrize("bias_like_x", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bias_like_x"), BIASES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_of_a_bias_is_the_sum_of_dy_and_nothing_else_changes(shape, dtype, bias_like_x, no_worse):
     arguments, upstream = draw(shape, dtype, seed=9)

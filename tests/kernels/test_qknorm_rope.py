@@ -9,6 +9,11 @@ from fastasync_kernels.qknorm_rope import qknorm_rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+BIASES = [  # of qkv, and whether the bias is so too or float32
+    (torch.float32, True),
+    *((torch.float16, alike) for alike in (False, True)),
+    *(pytest.param(torch.bfloat16, alike, marks=pytest.mark.gpu) for alike in (False, True)),
+]
 SHAPES = [(3, 5, 2, 72), (1, 1, 16, 72), (2, 3, 6, 64), (18, 1, 1, 96), (2, 2, 3, 100), (1, 2, 5, 4)]  # B, N, heads, Dh
 
 
@@ -62,8 +67,7 @@ def test_each_part_of_the_packed_gradient(dtype, no_worse):
     assert torch.equal(results[0][3].chunk(3, dim=-1)[2], upstream[2].transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("bias_like_qkv", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "bias_like_qkv"), BIASES)
 @pytest.mark.parametrize("shape", [*SHAPES, (35, 2, 2, 4)])
 def test_gradient_of_a_bias_is_the_sum_of_dqkv_and_nothing_else_changes(shape, dtype, bias_like_qkv, no_worse):
     arguments, heads, upstream = draw(shape, dtype, seed=13)

@@ -198,6 +198,17 @@ def test_attention_by_name(build, batch):
         build(attention="cudnn").choose_attention(3, torch.float32)
 
 
+def test_the_chosen_attention_stays_until_the_network_moves(build, monkeypatch):
+    """DeepSpeed calls ``.to`` with the device on which the network is."""
+    monkeypatch.setattr(dit.kernels_attention, "resolve_backend", lambda *_: "reference")  # as if it were the fastest
+    model = build()
+    assert model._ops.attention == "sdpa"
+    model.choose_attention(3, torch.float32)
+    assert model.to("cpu").float()._ops.attention == "reference"
+    model.to("meta")
+    assert model._ops is None or model._ops.attention == "sdpa"
+
+
 def test_config_offers_every_backend_and_recomputation():
     items = [*dataclasses.fields(Model), *dataclasses.fields(Train)]
     choices = {item.name: item.metadata.get("choices") for item in items}

@@ -1,10 +1,12 @@
 """One rank of test_deepspeed.py, started by torchrun: runs the jobs of a JSON file one after the other.
 
-Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name}; a
-result is {"resumed_from", "messages", "seconds", "waits"}, {"error", "code"} or {"other": code}, a file for each rank.
+Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
+"bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "kinds", "shards"}, {"error", "code"}
+or {"other": code}, a file for each rank.
 """
 
 import errno
+import gc
 import importlib.util
 import json
 import os
@@ -16,7 +18,7 @@ import torch
 
 from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
-from fastasync.training import deepspeed_engine
+from fastasync.training import deepspeed_engine, deepspeed_shards
 
 torch.set_num_threads(1)
 _spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("conftest.py"))
@@ -35,6 +37,7 @@ def full_disk(path, *arguments):
     return _stream_tensors(path, *arguments)
 
 
+_bucket = deepspeed_shards.BUCKET
 _stream_tensors = deepspeed_engine.stream_tensors
 
 
@@ -48,11 +51,27 @@ def count_waits():
     return waits
 
 
+_make_state = deepspeed_engine.DeepSpeedEngine._make_state
+_layout = {}  # of the last engine: its parameters' dtypes, the bytes of its shards
+
+
+def note_layout(engine):
+    flats = getattr(engine._sharded, "bit16_groups_flat", [])
+    _layout["kinds"] = sorted({str(p.dtype) for p in engine.model.parameters()})
+    _layout["shards"] = [flat.numel() * flat.element_size() // engine.world for flat in flats]
+    _make_state(engine)
+
+
+deepspeed_engine.DeepSpeedEngine._make_state = note_layout
+
+
 def run(job):
     data = tiny_run.gaussian_latents(mirror=True)
     if job.get("event") == "nan":  # on one rank only, and on all of its images
         data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
     deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
+    deepspeed_shards.BUCKET = job.get("bucket", _bucket)
+    gc.collect()  # an engine of a job before waits as it goes
     waits = count_waits()
     began = time.perf_counter()
     try:
@@ -62,7 +81,8 @@ def run(job):
     except UserError as error:
         return {"error": str(error), "code": error.exit_code}
     seconds = time.perf_counter() - began
-    return {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
+    told = {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
+    return told | _layout
 
 
 def main():

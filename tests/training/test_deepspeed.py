@@ -28,16 +28,24 @@ STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
     "zero0": (dict(zero=0), None),
     "zero1": (dict(zero=1), None),
     "zero2": (dict(zero=2), None),
+    "zero2-buckets": (dict(zero=2), None),
     "zero3": (dict(zero=3), None),
     # without its threshold, parameters as small as these would not be sharded at all
     "zero3-sharded": (dict(zero=3), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
     "zero3-recomputed": (dict(zero=3, memory="full"), {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
     "zero2-torch-adamw": (dict(zero=2, optimizer="torch"), None),
     "zero2-compiled": (dict(zero=2, compile="regional"), None),
-    # reduced while the backward pass runs, in buckets too small for some gradients
+    # DeepSpeed's own reduction, in buckets too small for some gradients
     "zero1-undivided": (dict(zero=1, accumulate=1), {"zero_optimization": {"reduce_bucket_size": 2000}}),
+    "zero2-deepspeeds": (dict(zero=2), {"zero_optimization": {"overlap_comm": True}}),
     "zero2-undivided": (dict(zero=2, accumulate=1), None),
-    "zero1-bf16": (dict(zero=1, precision="bf16"), None),
+    # without a clip, for the order in which a norm is summed would show
+    "zero1-bf16-undivided": (dict(zero=1, precision="bf16", accumulate=1, clip=0.0), None),
+    "zero2-bf16-undivided": (dict(zero=2, precision="bf16", accumulate=1, clip=0.0), None),
+    "zero1-bf16-deepspeeds": (
+        dict(zero=1, precision="bf16", accumulate=1, clip=0.0),
+        {"zero_optimization": {"overlap_comm": False}},
+    ),
 }
 
 
@@ -120,7 +128,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # gone again afterwards, also where nothing had imported it
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)  # seconds to import
         plain("plain")
-        plain("plain-bf16", precision="bf16")
+        plain("plain-bf16-undivided", precision="bf16", accumulate=1)
         plain("whole", steps=12)
         plain("parts", steps=3)
         plain("skips", steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3)
@@ -130,6 +138,8 @@ def runs(tmp_path_factory):
                 changes = {**changes, "deepspeed_config": str(folder / f"{name}.json")}
                 (folder / f"{name}.json").write_text(json.dumps(settings))
             jobs.append(dict(name=name, out=folder / name, config=train_fields(**changes)))
+            if name in ("zero2-buckets", "zero2-bf16-undivided"):
+                jobs[-1]["bucket"] = 1500  # of 14,000 numbers, in several buckets
         # one process, then ZeRO 2 on two ranks, ZeRO 1, ZeRO 3, (below) one process again
         for steps, zero in ((5, 2), (7, 1), (9, 3), (10, 0)):
             fields = train_fields(steps=steps, zero=zero)
@@ -158,10 +168,40 @@ def test_every_stage_equals_one_process(runs, name):
 
 def test_bf16_is_the_plain_engines_bf16(runs):
     folder, _ = runs
-    losses = [curve(folder / name)[:, 0] for name in ("zero1-bf16", "plain-bf16")]
+    losses = [curve(folder / name)[:, 0] for name in ("zero1-bf16-undivided", "plain-bf16-undivided")]
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
-    weights = tensors(folder / "zero1-bf16", 6)["ema"]
+    weights = tensors(folder / "zero1-bf16-undivided", 6)["ema"]
     assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["zero1-bf16-undivided", "zero2-bf16-undivided"])
+def test_working_weights_and_our_reduction_change_nothing(runs, name):
+    """DeepSpeed's own reduction of float32 weights' gradients, which autocast casts, is the reference."""
+    folder, results = runs
+    assert [result["kinds"] for result in results[name]] == 2 * [["torch.bfloat16", "torch.float32"]]
+    assert [result["kinds"] for result in results["zero1-bf16-deepspeeds"]] == 2 * [["torch.float32"]]
+    found, wanted = tensors(folder / name, 6), tensors(folder / "zero1-bf16-deepspeeds", 6)
+    for file in wanted:
+        assert found[file].keys() == wanted[file].keys()
+        for key, value in wanted[file].items():
+            # an update's last digit depends on where in a vector a number stands, and may turn a bf16 rounding; had
+            # training begun at rounded weights, they would be off by 1e-4, ten times what is allowed
+            allowed = 1e-5 if file != "optimizer" else 5e-3 * float(value.abs().max())
+            torch.testing.assert_close(found[file][key], value, rtol=0, atol=allowed, msg=f"{file} {key}")
+    torch.testing.assert_close(curve(folder / name), curve(folder / "zero1-bf16-deepspeeds"), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_1_and_2_are_the_same_numbers(runs):
+    folder, _ = runs
+    one, two = (tensors(folder / f"zero{stage}-bf16-undivided", 6) for stage in (1, 2))
+    for file, expected in one.items():
+        assert all(torch.equal(two[file][key], value) for key, value in expected.items())
+
+
+def test_shards_begin_at_whole_packs(runs):
+    """16 bytes, of the bf16 weights too."""
+    for result in runs[1]["zero1-bf16-undivided"]:
+        assert [size % 16 for size in result["shards"]] == [0, 0]
 
 
 def test_resumed_on_other_ranks_stages_and_engines(runs):
@@ -232,8 +272,10 @@ def test_one_process_without_a_launcher(runs):
     """``python train.py --set train.engine=deepspeed``."""
     folder, _ = runs
     changes = {"alone": dict(zero=2), "alone1": dict(zero=1), "alone-undivided": dict(zero=1, accumulate=1)}
+    rounded = {f"alone-bf16-{zero}": dict(zero=zero, precision="bf16", accumulate=1) for zero in (1, 2)}
     jobs = [
-        dict(out=str(folder / name), config=train_fields(engine="deepspeed", **each)) for name, each in changes.items()
+        dict(out=str(folder / name), config=train_fields(engine="deepspeed", **each))
+        for name, each in (changes | rounded).items()
     ]
     (folder / "alone.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(WORKER), str(folder / "alone.json"), str(folder / "alone")]
@@ -241,9 +283,11 @@ def test_one_process_without_a_launcher(runs):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((folder / "alone0.json").read_text())
     assert not any("error" in result for result in results)
-    assert [result["waits"] for result in results] == [0, 0, 0]
+    assert [result["waits"] for result in results] == 5 * [0]
     for name in changes:
         assert_same(folder / name, folder / "plain")
+    for name in rounded:
+        assert_same(folder / name, folder / "plain-bf16-undivided", rtol=1e-6, atol=1e-7)
 
 
 # --- whole programs: the launchers, signals and kill -9 ---------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from fastasync.distributed import Session, explained_loss
 from fastasync.errors import UserError
 from fastasync.training import TrainingError
-from fastasync.training.deepspeed_json import deepspeed_json
+from fastasync.training.deepspeed_json import deepspeed_json, leaves_reduction_to_us
 from fastasync.training.engine import choose_engine
 from fastasync.training.interrupt import StopSignal
 from fastasync.training.metrics import WINDOW, Tally, TallyReading
@@ -134,12 +134,11 @@ def test_the_json_follows_the_fields(tiny, tmp_path):
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (24, 2)
     assert (made["gradient_accumulation_steps"], made["gradient_clipping"]) == (3, 0.5)
     assert made["zero_optimization"]["stage"] == 2
-    assert not made["zero_optimization"]["overlap_comm"]
+    assert made["zero_optimization"] == {"stage": 2, "contiguous_gradients": False, "overlap_comm": False}
     assert made["timers"] == {"throughput": {"enabled": False}}
-    alone = deepspeed_json(tiny(train=dict(zero=1)), 1)["zero_optimization"]
-    assert alone == {"stage": 1, "contiguous_gradients": False, "reduce_bucket_size": 2**20}
     mine = {"zero_optimization": {"overlap_comm": True}}
-    assert deepspeed_json(with_json(tiny, tmp_path, mine, zero=2), 2)["zero_optimization"]["overlap_comm"]
+    theirs = deepspeed_json(with_json(tiny, tmp_path, mine, zero=2), 2)["zero_optimization"]
+    assert theirs == {"stage": 2, "overlap_comm": True}
     mine = {
         "zero_optimization": {"stage": "auto", "overlap_comm": False},
         "train_batch_size": "auto",
@@ -151,6 +150,19 @@ def test_the_json_follows_the_fields(tiny, tmp_path):
     assert merged["zero_optimization"] == {"stage": 3, "overlap_comm": False}
     assert merged["comms_logger"] == {"enabled": True}
     assert merged["train_micro_batch_size_per_gpu"] == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        ({}, True),
+        ({"zero_optimization": {"stage": "auto"}, "comms_logger": {"enabled": True}}, True),
+        ({"zero_optimization": {"reduce_bucket_size": 1000}}, False),
+        ({"communication_data_type": "bf16"}, False),
+    ],
+)
+def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, ours):
+    assert leaves_reduction_to_us(with_json(tiny, tmp_path, content)) == ours
 
 
 @pytest.mark.parametrize(
