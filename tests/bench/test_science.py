@@ -122,7 +122,7 @@ def test_samplers_and_seeds():
             for variant in each.probes:
                 each.config(Spec("C", 0, size=size, probe=variant))
                 each.probe_config("C", variant, 0, "triple")
-        assert each.milestones == (each.steps // 4, each.steps // 2, each.steps, 2 * each.steps, 4 * each.steps)
+        assert each.milestones == (each.steps // 2, 3 * each.steps // 4, each.steps, 2 * each.steps, 4 * each.steps)
 
 
 # --- rows and jobs ----------------------------------------------------------------------------------------------------

@@ -188,7 +188,8 @@ def test_what_is_chosen(build, monkeypatch):
     named.choose_attention(5, torch.float32)
     assert named.chosen_mlp == "quack"
     assert pickle.loads(pickle.dumps(named))._ops == named._ops
-    assert named.to("cpu").chosen_mlp == "plain"  # moved: it has to be chosen again
+    assert named.to("cpu").chosen_mlp == "quack"  # not moved
+    assert named.to("meta").chosen_mlp == "plain"  # moved: it has to be chosen again
     shape = gated_mlp.Shape(80, 32, 88, 32)
     assert asked == [("plain", reference.swiglu, shape, True), ("quack", reference.swiglu, shape, False)]
     pytest.importorskip("triton")
