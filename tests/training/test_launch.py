@@ -18,6 +18,7 @@ from fastasync.errors import UserError
 from fastasync.rendezvous import LIMIT, name_ranks, start_limit
 from fastasync.training import checkpoint
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "representations.encoder_steps=10", "representations.semvae_steps=10", "schedule.name=offset:0.3", "model.depth=1",
