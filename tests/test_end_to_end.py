@@ -45,6 +45,7 @@ def settings(*more):
     return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
 
 
+@pytest.mark.slow
 def test_from_jpegs_to_an_exported_network(jpegs, tmp_path, capsys):
     pytest.importorskip("nvidia.dali")
     pytest.importorskip("deepspeed")
