@@ -78,7 +78,7 @@ def test_stages_alone_and_more_steps(run, tmp_path, capsys):
 
 def test_generation_in_the_loop_and_the_oracle(tmp_path, capsys):
     out = tmp_path / "c"
-    more = ["probe.estimator=C", "probe.train_share=0.2", "probe.sampling_steps=2", "train.steps=400"]
+    more = ["probe.estimator=C", "probe.train_share=0.2", "probe.sampling_steps=2", "train.steps=150"]
     assert main([*arguments(out, *more, stage="probe"), "--oracle"]) == 0
     found = json.loads((out / "probe" / "probe.json").read_text())
     assert "synchronous" in {row["label"] for row in found["candidates"]}

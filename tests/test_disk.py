@@ -172,7 +172,7 @@ def test_folders_and_files_that_cannot_be_read(place, images, latents, capsys):
 
 def limited(size, *arguments):
     """The command in a process whose files cannot grow beyond ``size`` bytes: a full disk, to who cannot mount one."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "without")])
     return subprocess.run(
         [sys.executable, "-m", "fastasync", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": paths}, timeout=120, check=False,

@@ -144,6 +144,7 @@ def test_the_launcher_takes_the_gpu_that_is_visible(tmp_path, monkeypatch):
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_jpegs_to_scored_samples(tmp_path, monkeypatch, capsys):
     """Every stage with the public commands, one rank under DeepSpeed, without Inception; then nothing is left to do."""
     for package in jpeg_networks.NEEDS:

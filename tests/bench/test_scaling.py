@@ -38,6 +38,7 @@ def test_of_nccls_settings_no_path_is_written():
     assert said.endswith(" NCCL_NVLS_ENABLE=0 NCCL_TOPO_FILE=... TORCH_NCCL_X=1")
 
 
+@pytest.mark.slow
 def test_one_process_and_two_ranks(tmp_path):
     pytest.importorskip("deepspeed")
     chosen = ["--gpus", "2", "--size", "tiny", "--rounds", "1", "--only", "plain", "--only", "zero 1"]

@@ -105,7 +105,7 @@ def _started(command: Sequence[object], **variables: object) -> Iterator[subproc
     """A process group of its own, of which nothing survives the block; no launcher's variables but ``variables``."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_SIZE")
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "without")])
     fixed = {"OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
     environment = {**kept, **fixed, **{name: str(value) for name, value in variables.items()}}
     process = subprocess.Popen(

@@ -20,6 +20,7 @@ from fastasync.errors import UserError
 from fastasync.training import checkpoint
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
@@ -50,7 +51,7 @@ STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
 
 
 def environment():
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    paths = os.pathsep.join([str(REPOSITORY / folder) for folder in (".", "kernels", "tests/without")])
     return {**os.environ, "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
 
 

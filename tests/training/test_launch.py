@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from fastasync.errors import UserError
-from fastasync.rendezvous import LIMIT, name_ranks, start_limit
+from fastasync.rendezvous import LIMIT, name_ranks, open_store, start_limit
 from fastasync.training import checkpoint
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "representations.encoder_steps=10", "representations.semvae_steps=10", "schedule.name=offset:0.3", "model.depth=1",
@@ -191,11 +192,16 @@ def test_another_program_behind_the_port_is_one_line(tmp_path, rank_alone):
     assert f"127.0.0.1:{port}: another program answers there: give the launcher another port" in line
 
 
-def test_an_address_that_makes_no_sense(tmp_path, rank_alone):
-    for host, port in (("127.0.0.1", "http"), ("127.0.0.1", 70000), ("", 29500)):
-        lines, code, _ = rank_alone(tmp_path / "run", 1, host, port)
-        assert (code, len(lines)) == (2, 1), lines
-        assert "a launcher sets these to a host and a port" in lines[0]
+def test_an_address_that_makes_no_sense(tmp_path, rank_alone, monkeypatch):
+    said = "a launcher sets these to a host and a port"
+    lines, code, _ = rank_alone(tmp_path / "run", 1, "127.0.0.1", "http")
+    assert (code, len(lines)) == (2, 1), lines
+    assert said in lines[0]
+    for host, port in (("127.0.0.1", 70000), ("", 29500)):  # the same path, without starting a process for each
+        monkeypatch.setenv("MASTER_ADDR", host)
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError, match=said):
+            open_store(1)
 
 
 def test_the_limit_and_names(monkeypatch):
