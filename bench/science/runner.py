@@ -194,6 +194,9 @@ class Workshop:
         schedule = self.schedule(spec)
         config = self.study.config(spec, max(steps), math.gcd(*steps))
         inputs, folder = self.inputs(spec.representations), self.run_folder(spec)
+        record, kept = folder / "seconds.json", {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
+        if record.exists() and set(steps) <= kept:  # by a longer run, too
+            return Trained(folder, schedule, json.loads(record.read_text()) * max(steps) / max(kept))
         if spec.start == "probe" and not (folder / checkpoint.FOLDER).exists():
             self._start_from_probe(spec, config, schedule, folder)
         shape = (spec.size, spec.representations)
@@ -210,7 +213,7 @@ class Workshop:
             progress=sys.stderr.isatty(),
             say=self.say,
         )
-        spent, record = time.perf_counter() - start, folder / "seconds.json"
+        spent = time.perf_counter() - start
         before = json.loads(record.read_text()) if record.exists() else 0.0
         if result.step > result.resumed_from:  # else it was complete, and its seconds are known
             before += spent

@@ -283,6 +283,16 @@ def test_miniature_end_to_end(finished):
     assert "Which rule gives the best trained model" in path.read_text()
 
 
+def test_a_longer_run_has_the_shorter_ones(finished):
+    _, _, workshop, _ = finished
+    spec = Spec("power:2", 7)
+    whole = workshop.train(spec, [20, 40])
+    half = workshop.train(spec, [20])
+    assert half.folder == whole.folder
+    assert half.seconds == pytest.approx(whole.seconds / 2)
+    assert workshop.score(spec, half, 20, "heun2").figures["fid"] > 0
+
+
 def test_nothing_is_done_twice(finished):
     folder, ledger, workshop, _ = finished
     again = Ledger(TINY, [0], folder / "out")
