@@ -116,7 +116,7 @@ setup(
         "fid": ["torch-fidelity==0.4.*", "torchvision"],
         "kernels": ["triton>=3.6,<3.8"],
         "quack": ["quack-kernels[cu13]==0.6.*"],  # model.mlp=quack; its interface changes with its versions
-        "deepspeed": ["deepspeed>=0.19.7"],
+        "deepspeed": ["deepspeed>=0.19.7,<0.20"],
         "dali": ["nvidia-dali-cuda130==2.4.*"],
         "imagenet": ["diffusers", "timm", "torchvision"],
         "wandb": ["wandb"],

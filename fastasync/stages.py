@@ -494,8 +494,10 @@ def summary(config: Config) -> dict[str, Any]:
         facts[f"memory estimate on one device, {kind}, GiB"] = {name: part / 2**30 for name, part in parts.items()}
     if config.train.batch % _PLANNED_GPUS == 0:
         memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
+        plain = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
+        working = plain and not config.train.deepspeed_config  # bf16 weights are trained under ZeRO 1 and 2
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
-            f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS) / 2**30 for stage in range(4)
+            f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS, working) / 2**30 for stage in range(4)
         }
     if config.data.dataset == "latents" and config.model.repa_width:
         facts |= repa_costs(config, per_step)

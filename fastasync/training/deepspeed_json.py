@@ -25,6 +25,7 @@ _OURS = {
     "activation_checkpointing": "train.memory",
     "compile": "train.compile",
     "zero_allow_untested_optimizer": "train.optimizer",
+    "managed_gradient_accumulation": "train.accumulate",
 }
 
 # Besides what stands under zero_optimization, what DeepSpeed's own reduction reads.
@@ -35,6 +36,8 @@ _REDUCTION = {
     "gradient_predivide_factor",
     "prescale_gradients",
     "sparse_gradients",
+    "sequence_parallel_size",
+    "tensor_parallel",
     "zenflow",
 }
 
@@ -69,7 +72,7 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
 def leaves_reduction_to_us(config: Config) -> bool:
     """Whether the user's JSON, if there is one, says nothing about how ZeRO 1 and 2 reduce gradients."""
     theirs = _read(config.train.deepspeed_config) if config.train.deepspeed_config else {}
-    return not _REDUCTION.intersection(theirs) and set(theirs.get("zero_optimization", ())) <= {"stage"}
+    return not _REDUCTION.intersection(theirs) and set(theirs.get("zero_optimization", {})) <= {"stage"}
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -80,6 +83,8 @@ def _read(name: str) -> dict[str, Any]:
         raise UserError("train.deepspeed_config", path, f"cannot be read as JSON ({error})") from None
     if not isinstance(theirs, dict):
         raise UserError("train.deepspeed_config", path, "needs a JSON object")
+    if not isinstance(theirs.get("zero_optimization", {}), dict):
+        raise UserError("train.deepspeed_config", f"{path}: zero_optimization", "needs a JSON object")
     return theirs
 
 

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+# methods of DeepSpeed's optimizer that ZeRO 2 replaces, and what they work on
+_COLLECTING = ("process_gradients", "overlapping_partition_gradients_reduce_epilogue")
 BUCKET = 2**26  # parameters whose gradients ZeRO 2 collects before it reduces them
 
 
@@ -54,7 +56,12 @@ class Shards:
     """
 
     def __init__(self, sharded: Any, stage: int, world: int, rank: int, update: Callable[[], None]):
+        replaced = ["reduce_gradients"] if stage == 1 else _COLLECTING
+        missing = [name for name in (*replaced, "step", "bit16_groups_flat") if not hasattr(sharded, name)]
+        if missing:
+            raise RuntimeError(f"this DeepSpeed's optimizer of ZeRO {stage} has no {', '.join(missing)}")
         self._sharded, self._world, self._rank, self._update = sharded, world, rank, update
+        self._stage = stage
         self._places: dict[nn.Parameter, _Place] = {}
         for group, params in enumerate(sharded.bit16_groups):
             start = 0
@@ -141,6 +148,8 @@ class Shards:
     def _step(self) -> None:
         """Update this rank's shards, and send the weights to all."""
         sharded = self._sharded
+        if any(shard is None for shard in self._shards) if self._stage == 1 else not self._reduced:
+            raise RuntimeError("DeepSpeed has not handed over any gradient since the last update")
         masters = sharded.single_partition_of_fp32_groups
         for group, master in enumerate(masters):
             master.grad = self._shard(group)

@@ -101,7 +101,7 @@ class GraphedStep:
         careful: bool = False,
     ):
         self._function, self._device, self._undo, self._careful = function, device, undo, careful
-        self._calls, self._eager = 0, False
+        self._calls = 0
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._parts: list[Part] = []
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None

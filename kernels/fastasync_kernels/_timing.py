@@ -39,7 +39,8 @@ def _recorded(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # the outer context: a recording that cannot even be ended would leave its stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
     except RuntimeError as error:
         _log.info("%s cannot be recorded (%s), so its time has its launches in it", name, error)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable imports the compiler at once: 2 s
 
 from . import reference
 from ._timing import recorded_milliseconds
@@ -36,6 +37,7 @@ EXTRA = "pip install 'fastasync[quack]'"
 ALIGNED = 8  # numbers of 16 bits: TMA's 16 bytes
 GAIN = 0.99  # of the plain operations' time: what is worth another package's kernels
 _CHECKED_ROWS = 1000  # no multiple of a tile
+_UNTRIED = "could not be tried"
 _log = logging.getLogger(__name__)
 _choices: dict[tuple[Any, ...], str] = {}
 
@@ -126,12 +128,17 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
     """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
 
     w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
-    gradients have their own.  x must be what quack takes (bfloat16 or float16); K, N and F multiples of 8 (ValueError).
+    gradients have their own.  x must be what quack takes (bfloat16 or float16).  ValueError for shapes that do not fit,
+    K, N or F that is no multiple of 8, and tensors on several devices.
     ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
     """
     if w12.dim() != 2 or w3.dim() != 2 or w12.shape != (2 * w3.shape[1], x.shape[-1]):
         shapes = f"{list(x.shape)}, {list(w12.shape)}, {list(w3.shape)}"
         raise ValueError(f"x, w12 and w3 must be [..., K], [2 F, K] and [N, F], not {shapes}")
+    if b12.shape != w12.shape[:1] or b3.shape != w3.shape[:1]:
+        raise ValueError(f"biases must be [2 F] and [N], not {list(b12.shape)}, {list(b3.shape)}")
+    if not x.device == w12.device == b12.device == w3.device == b3.device:
+        raise ValueError(f"x is on {x.device}, w12 on {w12.device}, w3 on {w3.device}: all must be on one device")
     if fault := _sizes_fault(w12.shape[1], w3.shape[1], w3.shape[0]):
         raise ValueError(fault)
     count = x.shape[:-1].numel()
@@ -156,7 +163,8 @@ class Shape(NamedTuple):
 
 def _sizes_fault(*sizes: int) -> str:
     odd = [size for size in sizes if size % ALIGNED]
-    return f"needs sizes that are multiples of {ALIGNED}, not {odd[0]}" if odd else ""
+    remedy = "model.mlp_multiple rounds the hidden width up"
+    return f"needs sizes that are multiples of {ALIGNED}, not {odd[0]} ({remedy})" if odd else ""
 
 
 @functools.cache
@@ -233,7 +241,7 @@ def _fault(device: torch.device, dtype: torch.dtype, shape: Shape, gradient: boo
         try:
             return disagreement(*_draw(shape, dtype, device), gradient)
         except Exception as error:  # a just-in-time compiler's failure has many types
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return f"{_UNTRIED} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
 
 
 def _times(swiglu: SwiGLU, device: torch.device, dtype: torch.dtype, shape: Shape, gradient: bool) -> dict[str, float]:
@@ -246,7 +254,7 @@ def _times(swiglu: SwiGLU, device: torch.device, dtype: torch.dtype, shape: Shap
         )
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def resolve_mlp(
     backend: str, swiglu: SwiGLU, device: torch.device | str, dtype: torch.dtype, shape: Shape, gradient: bool = True
 ) -> str:
@@ -267,14 +275,21 @@ def resolve_mlp(
     if not reason:
         checked = shape._replace(rows=min(shape.rows, _CHECKED_ROWS))
         fault = _fault(device, dtype, checked, gradient)
-        reason = f"its results are wrong on {device}: {fault}" if fault else ""
+        reason = fault if not fault or fault.startswith(_UNTRIED) else f"its results are wrong on {device}: {fault}"
         if fault and backend == "auto":
             _log.warning("MLP: quack left out, %s", reason)
     if backend == "auto":
+        if reason and device.type == "cuda":
+            _say_once(reason)
         return "plain" if reason else _faster(swiglu, device, dtype, shape, gradient)
     if reason:
         raise MlpUnavailable(f"MLP backend quack cannot be used: {reason}; choose auto or plain")
     return backend
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.info("MLP: plain, as quack %s", reason)
 
 
 def _faster(swiglu: SwiGLU, device: torch.device, dtype: torch.dtype, shape: Shape, gradient: bool) -> str:

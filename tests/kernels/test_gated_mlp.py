@@ -1,6 +1,8 @@
 """The gated MLP by quack-kernels: a stand-in for its products on a CPU, quack itself on a GPU; the choice."""
 
+import contextlib
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -160,6 +162,16 @@ def test_refused_shapes(quack):
     x, w12, b12, w3, b3 = draw()[0]
     with pytest.raises(ValueError, match=r"\[..., K\], \[2 F, K\] and \[N, F\], not \[3, 11, 16\], \[24, 40\]"):
         module.gated_mlp(x, w3, b12, w12, b3)
+    with pytest.raises(ValueError, match=r"biases must be \[2 F\] and \[N\], not"):
+        module.gated_mlp(x, w12, b12[:-2], w3, b3)
+    with pytest.raises(ValueError, match="w3 on meta: all must be on one device"):
+        module.gated_mlp(x, w12, b12, w3.to("meta"), b3)
+
+
+def test_the_compiler_is_not_imported():
+    """Two seconds of every command, rank and test that starts a process."""
+    code = "import sys, fastasync.config; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- which backend ----------------------------------------------------------------------------------------------------
@@ -179,6 +191,9 @@ def hopper(quack, monkeypatch):
     return capability
 
 
+ROUNDING = "(model.mlp_multiple rounds the hidden width up)"
+
+
 @pytest.mark.parametrize(
     ("major", "dtype", "shape", "words"),
     [
@@ -187,7 +202,12 @@ def hopper(quack, monkeypatch):
         (8, HALF, XL, "needs compute capability 9.0, not 8.0"),
         (9, torch.float32, XL, "needs bfloat16, not torch.float32"),
         (9, torch.float16, XL, "needs bfloat16, not torch.float16"),
-        (9, HALF, XL._replace(hidden=682), "needs sizes that are multiples of 8, not 682"),
+        (
+            9,
+            HALF,
+            XL._replace(hidden=682),
+            "needs sizes that are multiples of 8, not 682 (model.mlp_multiple rounds the hidden width up)",
+        ),
         (9, HALF, XL._replace(rows=7), ""),
     ],
 )
@@ -276,6 +296,18 @@ def test_wrong_results_are_not_used(hopper, monkeypatch, caplog):
     assert "quack left out, its results are wrong on cuda: gradient of b12" in caplog.text
     with pytest.raises(module.MlpUnavailable, match="its results are wrong on cuda"):
         resolve_mlp("quack", reference.swiglu, "cuda", HALF, XL)
+
+
+def test_a_failure_is_not_called_a_wrong_result(hopper, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no compiler")
+
+    module._fault.cache_clear()
+    monkeypatch.setattr(module, "_draw", fails)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with pytest.raises(module.MlpUnavailable, match=r"could not be tried \(RuntimeError: no compiler\)"):
+        resolve_mlp("quack", reference.swiglu, "cuda", HALF, XL)
+    module._fault.cache_clear()
 
 
 def test_tiles_are_chosen_where_they_were_measured(quack, hopper):
