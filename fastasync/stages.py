@@ -45,6 +45,7 @@ from fastasync.training.build import (
     round_linears,
     use_fp8,
 )
+from fastasync.training.deepspeed_json import leaves_reduction_to_us
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -494,8 +495,8 @@ def summary(config: Config) -> dict[str, Any]:
         facts[f"memory estimate on one device, {kind}, GiB"] = {name: part / 2**30 for name, part in parts.items()}
     if config.train.batch % _PLANNED_GPUS == 0:
         memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
-        plain = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
-        working = plain and not config.train.deepspeed_config  # bf16 weights are trained under ZeRO 1 and 2
+        compiled = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
+        working = compiled and leaves_reduction_to_us(config)  # bf16 weights are trained under ZeRO 1 and 2
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
             f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS, working) / 2**30 for stage in range(4)
         }

@@ -21,7 +21,7 @@ import argparse
 import copy
 import csv
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,12 +106,15 @@ class Bench:
         train_surface_probe(network, config, self.inputs.latents, steps, self.device, False, None, times)
         return network
 
-    def sample(self, network: Any, schedule: Schedule, count: int, way: Way) -> Tensor:
+    def velocity(self, network: Any) -> Callable[..., Tensor]:
         def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with torch.no_grad(), autocast(self.device):
                 return network(x, tau, y)
 
-        seed, study = self.config.probe.seed, self.workshop.study
+        return velocity
+
+    def sample(self, network: Any, schedule: Schedule, count: int, way: Way) -> Tensor:
+        velocity, seed, study = self.velocity(network), self.config.probe.seed, self.workshop.study
         parts = torch.arange(count).split(study.sample_batch)
         return torch.cat([self.workshop.latents(self.config, velocity, schedule, part, way, seed) for part in parts])
 
@@ -140,14 +143,9 @@ class Bench:
 
     def surface(self, network: Any) -> LossSurface:
         """Of probes of paths from the half of the square where what leads leads: they know no other."""
-
-        def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
-            with torch.no_grad(), autocast(self.device):
-                return network(x, tau, y)
-
         ops = choose_ops(self.config.model.kernels, self.device)
         channels, seed = self.config.representations.channels, self.config.probe.seed
-        found = surface_errors(velocity, self.inputs.latents, channels, 40_000, seed=seed, batch=1000,
+        found = surface_errors(self.velocity(network), self.inputs.latents, channels, 40_000, seed=seed, batch=1000,
                                device=self.device, ops=ops, progress=False)  # fmt: skip
         inside = found.tau[:, 0] <= found.tau[:, 1]
         if self.times in ("independent", "mixed"):

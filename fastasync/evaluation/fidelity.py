@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastasync.compat import import_torch_fidelity
 from fastasync.errors import UserError, unknown_name
 from fastasync.evaluation.features import FeatureExtractor, FeatureSet
-from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance
+from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
 
 METRICS = ("fid", "kid", "precision_recall", "is")
 
@@ -186,9 +187,8 @@ def evaluate(
     }
     if "fid" in metrics:
         statistics = known.statistics() if isinstance(known, FeatureSet) else known
-        accumulator = StatisticsAccumulator(found.extractor)
-        accumulator.update(found.features.to(extractor.device))  # the product is the slow part of a covariance
-        result["fid"] = frechet_distance(accumulator.statistics(), statistics)
+        there = replace(found, features=found.features.to(extractor.device))  # a covariance is a large product
+        result["fid"] = frechet_distance(there.statistics(), statistics)
         settings["fid"] = ""
         width = found.features.shape[1]
         for field in ("samples", "reference"):

@@ -31,10 +31,8 @@ from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
 GPU_THREADS = 16  # of DALI beside a GPU, at most: 64 were slower (bench/NOTES.md)
-PROBED, BUSY = (
-    32,
-    2e-4,
-)  # files that are read to see how fast the disk is; seconds for one of them by a thread that waits for nothing
+PROBED = 32  # files that are read to see how fast the disk is
+BUSY = 2e-4  # seconds for one of them by a thread that waits for nothing
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
 
 

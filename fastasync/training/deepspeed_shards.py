@@ -15,12 +15,15 @@ nothing (bench/NOTES.md): the products have fewer multiprocessors then.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+
+from fastasync.errors import UserError
 
 # methods of DeepSpeed's optimizer that ZeRO 2 replaces, and what they work on
 _COLLECTING = ("process_gradients", "overlapping_partition_gradients_reduce_epilogue")
@@ -59,7 +62,8 @@ class Shards:
         replaced = ["reduce_gradients"] if stage == 1 else _COLLECTING
         missing = [name for name in (*replaced, "step", "bit16_groups_flat") if not hasattr(sharded, name)]
         if missing:
-            raise RuntimeError(f"this DeepSpeed's optimizer of ZeRO {stage} has no {', '.join(missing)}")
+            remedy = f"its optimizer of ZeRO {stage} has no {', '.join(missing)}: pip install 'fastasync[deepspeed]'"
+            raise UserError("package deepspeed", importlib.metadata.version("deepspeed"), remedy)
         self._sharded, self._world, self._rank, self._update = sharded, world, rank, update
         self._stage = stage
         self._places: dict[nn.Parameter, _Place] = {}

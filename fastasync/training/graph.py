@@ -71,7 +71,7 @@ class Memory(NamedTuple):
 
 
 def measured_memory(device: torch.device) -> Memory:
-    """``Memory`` as the steps so far have shown it; what the allocator only holds in reserve counts as free."""
+    """``Memory`` as the last step before has shown it; what the allocator only holds in reserve counts as free."""
     stays = torch.cuda.memory_allocated(device)
     reserve = torch.cuda.memory_reserved(device) - stays
     return Memory(torch.cuda.max_memory_allocated(device) - stays, torch.cuda.mem_get_info(device)[0] + reserve)
@@ -110,6 +110,8 @@ class GraphedStep:
     def __call__(self, step: int, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         self._step.fill_(step)
         self._calls += 1
+        if self._calls == WARM_UP and self._careful:
+            self._forget_peak()
         if self._calls == WARM_UP + 1:
             self._replay = self._recording(parts)
         elif self._replay is not None:
@@ -143,6 +145,10 @@ class GraphedStep:
         self._release()
         _log.warning("steps are not recorded: a recording ran out of memory (train.cuda_graph=off does not try)")
         return None
+
+    def _forget_peak(self) -> None:
+        """The peak until now is of compiling and measuring, or of other work: one more step will show a step's own."""
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def _memory(self) -> Memory:
         return measured_memory(self._device)

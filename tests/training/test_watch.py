@@ -159,6 +159,7 @@ def test_the_json_follows_the_fields(tiny, tmp_path):
         ({"zero_optimization": {"stage": "auto"}, "comms_logger": {"enabled": True}}, True),
         ({"zero_optimization": {"reduce_bucket_size": 1000}}, False),
         ({"communication_data_type": "bf16"}, False),
+        ({"tensor_parallel": {"autotp_size": 2}}, False),
     ],
 )
 def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, ours):
@@ -172,6 +173,8 @@ def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, 
         ({"zero_optimization": {"stage": 3}}, r"sets zero_optimization.stage = 3: train.zero \(1\) decides this"),
         ({"train_micro_batch_size_per_gpu": 3}, r"train.batch / \(ranks x train.accumulate\) \(4\) decides this"),
         ({"optimizer": {"type": "Adam"}}, "train.optimizer, train.lr, train.betas, train.weight_decay decides"),
+        ({"managed_gradient_accumulation": False}, "train.accumulate decides this: change the field and leave managed"),
+        ({"zero_optimization": None}, "zero_optimization: needs a JSON object"),
         ({"bf16": {"enabled": True}}, "train.precision decides this: change the field and leave bf16 out"),
         ("{", "cannot be read as JSON"),
         ("[1]", "needs a JSON object"),
