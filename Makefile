@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs
 PRESET ?= cifar10
-QUESTIONS ?= 1,2,3,4,5,6,7,8
+QUESTIONS ?= 1,2,3,4,5,6,7,8,9
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-gpu bench plots profile science lint format cifar10 jpeg-run clean

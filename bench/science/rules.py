@@ -7,17 +7,20 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from bench.science import plots
 from bench.science.compare import against, fids, geometric
 from bench.science.plan import Job, Ledger, Question, RankJob, Report, Section, TrainJob
 from bench.science.runner import Workshop
-from bench.science.specs import Spec
+from bench.science.specs import LEARNED, Spec
 from bench.science.statistics import spearman, summary
+from fastasync.probe.generation import gentle_score
 from fastasync.probe.surface import path_gap
-from fastasync.schedule import load_schedule, named_schedule
+from fastasync.schedule import kinetic_energy, load_schedule, named_schedule
 
-INDEPENDENT = "independent"  # the variant of C's probe that is trained at independent times, C's own until 2026-11-26
+ALONE = "by distance alone"
+EARLIER = ("independent", ALONE)  # variants: C as it was until 2026-11-26, and until that day's evening
 
 
 def scan_jobs(ledger: Ledger) -> list[Job]:
@@ -34,8 +37,10 @@ def rank_jobs(ledger: Ledger, variants: tuple[str, ...] = ("base",)) -> list[Job
 def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
     points = ((ledger.study.steps, ledger.study.headline),)
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *ledger.study.rules])
-    headline = [TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in schedules]
-    return [*rank_jobs(ledger), *scan_jobs(ledger), *headline]
+    headline = [Spec(name, seed) for seed in ledger.seeds for name in schedules]
+    if ALONE in ledger.study.probes:
+        headline += [Spec("C", seed, probe=ALONE) for seed in ledger.seeds]
+    return [*rank_jobs(ledger), *scan_jobs(ledger), *(TrainJob(spec, points) for spec in headline)]
 
 
 def _scan(ledger: Ledger) -> Section:
@@ -65,9 +70,10 @@ def trained_against_synchronous(ledger: Ledger, name: str, seed: int | None = No
 
 
 def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float | int] | None:
-    """Spearman's correlation of a probe's ranking with the trained networks': by C's distance and by B's J."""
-    distance: list[tuple[float, float]] = []
+    """Spearman's correlation of a probe's ranking with the trained networks': by C's score and by B's J."""
+    score: list[tuple[float, float]] = []
     objective: list[tuple[float, float]] = []
+    energy = ledger.study.probe_config("C", variant, seed).probe.energy
     for name in (*ledger.study.fixed, "C", "B"):
         row = ledger.ranks.get(variant, seed, name)
         learned = name in ("B", "C")
@@ -78,15 +84,24 @@ def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float |
         if row is None or row["status"] != "done" or trained is None:
             continue
         if row["distance"] != "nan":
-            distance.append((float(row["distance"]), trained))
+            kinetic = _kinetic_energy(ledger, Spec(name, seed, probe=variant))
+            score.append((gentle_score(float(row["distance"]), kinetic, energy), trained))
         objective.append((float(row["objective"]), trained))
-    if len(distance) < 3:
+    if len(score) < 3:
         return None
     return {
-        "schedules": len(distance),
-        "Spearman of C": spearman(*zip(*distance)),
+        "schedules": len(score),
+        "Spearman of C": spearman(*zip(*score)),
         "Spearman of B": spearman(*zip(*objective)),
     }
+
+
+def _kinetic_energy(ledger: Ledger, spec: Spec) -> float:
+    reps = ledger.study.common().representations
+    learned = spec.schedule in LEARNED
+    path = str(Workshop.schedule_path(ledger.out, spec)) if learned else spec.schedule
+    with torch.no_grad():
+        return float(kinetic_energy(named_schedule(path, reps.names, reps.roles)))
 
 
 def seed_agreement(ledger: Ledger) -> list[float]:
@@ -120,7 +135,7 @@ def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
 
 def _choices(ledger: Ledger) -> Section:
     rows = []
-    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), ("C", INDEPENDENT)):
+    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), *(("C", name) for name in EARLIER)):
         first = None
         for seed in ledger.seeds:
             spec = Spec(rule, seed, probe=variant)
@@ -155,9 +170,10 @@ def _report(ledger: Ledger) -> Report:
     study = ledger.study
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *study.rules])
     rows = []
-    for spec in (*(Spec(name, 0) for name in schedules), Spec("C", 0, probe=INDEPENDENT)):
+    earlier = [Spec("C", 0, probe=variant) for variant in EARLIER if variant in study.probes]
+    for spec in (*(Spec(name, 0) for name in schedules), *earlier):
         row = {"schedule": spec.label, **fids(ledger, spec, study.headline)}
-        if any(row[sampler] for sampler in study.headline) or spec.probe != INDEPENDENT:
+        if any(row[sampler] for sampler in study.headline) or spec not in earlier:
             rows.append({**row, "all": geometric(ledger, spec, study.headline)})
     headline = Section("headline", "FID on the headline seeds, mean ± deviation; all: geometric mean.",
                        ["schedule", *study.headline, "all"], rows)  # fmt: skip
@@ -172,6 +188,11 @@ def _report(ledger: Ledger) -> Report:
                 pairs.append({"rule": rule, "sampler": sampler, "against": rival, "change": str(found),
                               "verdict": found.verdict})  # fmt: skip
                 sentences.append(f"{rule} against {rival} at {sampler}: {found} ({found.verdict}).")
+    for spec in earlier:
+        for sampler in study.headline:
+            found = against(ledger, Spec("C", 0), spec, study.steps, sampler)
+            if found:
+                sentences.append(f"C against {spec.label} at {sampler}: {found} ({found.verdict}).")
     paired = Section("paired", "Change of FID paired by seed, against the best fixed schedule at that sampler and "
                      "against synchronous.", ["rule", "sampler", "against", "change", "verdict"], pairs)  # fmt: skip
     ranking = _ranking(ledger)

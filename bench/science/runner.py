@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.science.specs import LEARNED, Spec, Study, Way, nfe, sampler
+from bench.science.specs import LEARNED, Spec, Study, Way, nfe, random_schedule, sampler
 from bench.science.table import locked
 from fastasync import sampling
 from fastasync.config import Config
@@ -110,6 +110,8 @@ class Workshop:
     def schedule(self, spec: Spec) -> Schedule:
         """The schedule of a line of training; what is learned is learned once and kept."""
         reps = self.study.common(spec.representations).representations
+        if spec.schedule.startswith("random:"):
+            return random_schedule(spec.schedule, reps.names, reps.roles)
         if spec.schedule not in LEARNED:
             return named_schedule(spec.schedule, reps.names, reps.roles)
         path = self.schedule_file(spec)
@@ -162,7 +164,7 @@ class Workshop:
                 features.append(scorer.features(z).double().cpu())
             distance = frechet_distance(gaussian_statistics(torch.cat(features)), scorer.reference)
             with torch.no_grad():
-                energy = kinetic_energy(schedule, [1 / schedule.count] * schedule.count)
+                energy = kinetic_energy(schedule)
                 objective = float(line_loss(surface, schedule, density, lam) + beta * energy)
             rows.append(Ranked(name, distance, objective))
         rows.append(Ranked("B", math.nan, float(middle["objective"])))

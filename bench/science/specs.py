@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
+
+import numpy as np
+import torch
 
 from fastasync.config import Config, apply_settings
 from fastasync.errors import unknown_name
 from fastasync.presets import preset
 from fastasync.sampling import evaluations
+from fastasync.schedule.convex import KNOTS, ConvexSchedule
 
 LEARNED = ("A", "B", "C")
 BEST_FIXED = "best fixed"  # stands for what the scan finds, until it has
@@ -73,6 +78,7 @@ class Study:
     third: tuple[str, ...]
     integrators: tuple[tuple[str, ...], ...]
     rules: tuple[str, ...] = LEARNED
+    members: int = 0  # random members of the learned class that question 9 trains
     longer: int = 4
     serves: int = 0  # steps of the run whose FLOPs the probe's budget is a share of; 0: ``steps``
     sample_batch: int = 2500
@@ -159,6 +165,23 @@ def sampler(name: str) -> Way:
     return Way(found[1], (int(found[2]) + 1) // 2, float(found[3] or 1), float(found[4] or 0))
 
 
+def random_schedule(name: str, names: Sequence[str], roles: Sequence[str]) -> ConvexSchedule:
+    """``random:7`` -> a member of the learned class with a lead of 0.1 to 0.5, its weights drawn from the number.
+
+    What is straight has a share from 0 to 1 in each representation, all of it in every second one that leads; the rest
+    is divided among the knots.
+    """
+    draw = np.random.default_rng([int(name.removeprefix("random:")), len(names)])
+    while True:
+        rows = []
+        for role in roles:
+            straight = 1.0 if role == "leads" and draw.random() < 0.5 else draw.random()
+            rows.append([straight, *(1 - straight) * draw.dirichlet(np.full(len(KNOTS), 0.5))])
+        schedule = ConvexSchedule(names, roles, torch.tensor(rows, dtype=torch.float64).clamp(min=1e-9).log())
+        if 0.1 <= schedule.lead() <= 0.5:
+            return schedule
+
+
 def nfe(name: str) -> int | None:
     """Function evaluations of a sampler; None for dopri5, which adapts."""
     way = sampler(name)
@@ -191,7 +214,9 @@ STUDIES = {
         sizes={"base": (), "large": ("model.depth=12", "model.width=384", "model.heads=12")},
         probes={
             "base": (),
-            "independent": ("probe.times=independent",),
+            # C as it was: with independent times, and along the paths but by the distance alone (PROTOCOL.md, changes)
+            "independent": ("probe.times=independent", "probe.energy=0"),
+            "by distance alone": ("probe.energy=0",),
             "half the budget": ("probe.budget=0.05",),
             "quarter of the budget": ("probe.budget=0.025",),
             "a tenth of the budget": ("probe.budget=0.01",),
@@ -208,6 +233,7 @@ STUDIES = {
         few_steps=(3, 25),
         integrators=(_integrators(9), _integrators(25)),
         third=("representations.names=texture,lowfreq,semantic", "representations.channels=48,3,16", _THIRD_ROLES),
+        members=12,
     ),
     # 1,500 images saturate the preset: a smaller network is compared far before that.  Its probe costs more
     # than a run: 1 % of one is three steps (PROTOCOL.md)

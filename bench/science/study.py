@@ -11,6 +11,7 @@ import argparse
 import datetime
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.science import probe_size, rules, transfer, variants
+from bench.science import probe_size, room, rules, transfer, variants
 from bench.science.plan import (
     DONE,
     FAILED,
@@ -35,7 +36,7 @@ from bench.science.plan import (
     seconds,
 )
 from bench.science.runner import Workshop
-from bench.science.specs import STUDIES, Study
+from bench.science.specs import SCAN_SEED, STUDIES, Study
 from bench.science.table import locked, markdown, write_csv
 from fastasync.errors import UserError, unknown_name
 from fastasync.files import atomic_path
@@ -53,6 +54,7 @@ QUESTIONS: dict[int, Question] = {
         variants.OBJECTIVE,
         variants.THIRD,
         variants.INTEGRATORS,
+        room.QUESTION,
     )
 }
 WAIT = 2.0  # seconds between two looks at what other processes have finished
@@ -64,8 +66,8 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser."""
     top = argparse.ArgumentParser(prog="python -m bench.science.study", description=__doc__.splitlines()[0])
     top.add_argument("--preset", default="cifar10", help=", ".join(STUDIES))
-    top.add_argument("--questions", default="1,2,3,4,5,6,7,8", help="numbers, in the order they are worked on")
-    top.add_argument("--seeds", type=int, default=3, help="headline seeds")
+    top.add_argument("--questions", default="1,2,3,4,5,6,7,8,9", help="numbers, in the order they are worked on")
+    top.add_argument("--seeds", default="3", help="headline seeds: how many, or the first and the last (3-5)")
     top.add_argument("--scan-seeds", type=int, help="seeds that find the best fixed schedule (default: the protocol's)")
     top.add_argument("--longer", type=int, help="the longest runs, in budgets: 1, 2, 4, ... (default: the protocol's)")
     top.add_argument("--schedules", help="only runs along these, such as synchronous,power:2")
@@ -314,7 +316,8 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
     numbers = _numbers(arguments.questions)
     scan = study.scan_seeds if arguments.scan_seeds is None else arguments.scan_seeds
     longer = study.longer if arguments.longer is None else arguments.longer
-    for name, count in (("--seeds", arguments.seeds), ("--scan-seeds", scan), ("--longer", longer)):
+    seeds = _seeds(arguments.seeds)
+    for name, count in (("--scan-seeds", scan), ("--longer", longer)):
         if count < 1:
             raise UserError(name, count, "give at least 1")
     study = replace(study, scan_seeds=scan, longer=longer)
@@ -324,7 +327,7 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
     for name in only or ():
         if name not in known:
             raise unknown_name("--schedules", name, known)
-    ledger = Ledger(study, range(arguments.seeds), out, only)
+    ledger = Ledger(study, seeds, out, only)
     workshop = Workshop(study, out, arguments.work or Path("runs") / f"science-{study.preset}", say)
     step = arguments.step_ms / 1e3
     # a training step costs three forward passes of the batch
@@ -342,6 +345,16 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
             say(f"{len(left)} jobs left; the same command goes on")
     say(f"wrote {write_reports(ledger, numbers, command)}")
     return 0
+
+
+def _seeds(text: str) -> range:
+    """``3`` -> 0, 1, 2; ``3-5`` -> 3, 4, 5."""
+    found = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,4})", text.strip())
+    first, last = (int(found[1] or 0), int(found[2])) if found else (0, -1)
+    seeds = range(first, last + 1) if found and found[1] else range(last)
+    if not seeds or seeds[-1] >= SCAN_SEED:
+        raise UserError("--seeds", text, f"give how many, or the first and the last, such as 3-5, below {SCAN_SEED}")
+    return seeds
 
 
 def _numbers(text: str) -> list[int]:

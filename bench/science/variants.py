@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.science import plots
+from bench.science import plots, specs
 from bench.science.compare import against, fids
 from bench.science.plan import METRICS, Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
@@ -32,18 +32,18 @@ def _step_counts_report(ledger: Ledger) -> Report:
     for spec in _step_count_specs(ledger, 0):
         rows.append({"schedule": spec.label, **fids(ledger, spec, study.curve)})
         series[spec.label] = {
-            nfe(sampler) or 0: list(ledger.by_seed(spec, study.steps, sampler).values()) for sampler in study.curve
+            nfe(name) or 0: list(ledger.by_seed(spec, study.steps, name).values()) for name in study.curve
         }
     for steps in study.few_steps:
-        sampler = f"heun{2 * steps}"
         tuned = Spec("C", 0, probe=f"for {steps} steps")
-        found = against(ledger, tuned, Spec("C", 0), study.steps, sampler) if sampler in study.samplers else None
+        for name in (name for name in study.curve if nfe(name) and specs.sampler(name).intervals == steps):
+            found = against(ledger, tuned, Spec("C", 0), study.steps, name)
+            if found:
+                sentences.append(f"Chosen for {steps} steps, {name}: {found} against C ({found.verdict}).")
+    for name in study.curve:
+        found = against(ledger, Spec("C", 0), Spec(ledger.rival, 0), study.steps, name)
         if found:
-            sentences.append(f"Choosing for {steps} steps, sampled with {steps}: {found} against C ({found.verdict}).")
-    for sampler in study.curve:
-        found = against(ledger, Spec("C", 0), Spec(ledger.rival, 0), study.steps, sampler)
-        if found:
-            sentences.append(f"{sampler}: C against {ledger.rival} {found} ({found.verdict}).")
+            sentences.append(f"{name}: C against {ledger.rival} {found} ({found.verdict}).")
     picture = None
     if any(any(points.values()) for points in series.values()):
         picture = plots.curves(series, "function evaluations (Heun)")

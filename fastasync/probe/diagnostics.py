@@ -57,7 +57,7 @@ def describe(
 ) -> dict[str, Any]:
     """J, its two parts and the lead of a schedule; J and the loss are None without a surface."""
     with torch.no_grad():
-        energy = float(kinetic_energy(schedule, [1 / schedule.count] * schedule.count))
+        energy = float(kinetic_energy(schedule))
         loss = None if errors is None else float(line_loss(errors, schedule, density, lam))
     return {
         "objective": None if loss is None else loss + beta * energy,

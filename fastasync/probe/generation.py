@@ -1,9 +1,11 @@
 """Estimator C: score candidate schedules by what the probe generates along them, and search the class.
 
-One probe, trained with independent local times, can sample along any schedule.  The score is the Frechet distance of
-its samples in a frozen encoder's features to the training set's, with common random numbers: sample i starts from the
-same noise, with the same label, for every candidate.  It counts discretisation and model error and needs no lam and no
-beta.
+One probe can sample along any schedule.  Its samples have a Frechet distance to the training set, in a frozen encoder's
+features, with common random numbers: sample i starts from the same noise, with the same label, for every candidate.  It
+counts discretisation and model error and needs no lam and no beta.  The candidate with the least
+``log distance + energy x KE`` wins (KE: kinetic energy, 1 for the synchronous schedule): of schedules that the probe
+can hardly tell apart, the gentlest.  A probe is far from trained when it judges, and prefers longer leads than longer
+training rewards (bench/NOTES.md, 2026-11-26).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,16 @@ from fastasync.data import Latents
 from fastasync.errors import UserError
 from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance, frechet_influence
 from fastasync.probe.budget import Budget
-from fastasync.schedule import ConvexSchedule, OffsetSchedule, PowerSchedule, Schedule, cascade, offset, synchronous
+from fastasync.schedule import (
+    ConvexSchedule,
+    OffsetSchedule,
+    PowerSchedule,
+    Schedule,
+    cascade,
+    kinetic_energy,
+    offset,
+    synchronous,
+)
 
 MIN_SAMPLES = 192  # of the first round, per candidate: on digits fewer no longer rank as 800 do
 MAX_SAMPLES = 10_000  # of the last round: more would not change the choice
@@ -30,6 +42,7 @@ MIN_CANDIDATES = 4
 REFINE_SHARE = 0.25  # of the samples, for the local refinement
 LEAST_SAMPLES = math.ceil(1.5 * MIN_CANDIDATES * MIN_SAMPLES / (1 - REFINE_SHARE))  # that a search can do with
 _REFERENCE_SAMPLES = 10_000
+_TINY = 1e-12  # a distance below this is its rounding
 
 
 def gaussian_statistics(features: Tensor) -> GaussianStatistics:
@@ -190,6 +203,11 @@ def plan_rounds(candidates: int, samples: int) -> Rounds | None:
     return None
 
 
+def gentle_score(distance: float, kinetic: float, energy: float) -> float:
+    """``log distance + energy x KE``, the less the better, of a candidate of kinetic energy ``kinetic``."""
+    return math.log(max(distance, _TINY)) + energy * kinetic
+
+
 @dataclass
 class _Candidate:
     label: str
@@ -201,10 +219,23 @@ class _Candidate:
     def count(self) -> int:
         return sum(len(part) for part in self.features)
 
+    @cached_property
+    def kinetic(self) -> float:
+        with torch.no_grad():
+            return float(kinetic_energy(self.schedule))
+
+    @property
+    def distance(self) -> float:
+        return self.history[-1]["distance"]
+
+    @property
+    def score(self) -> float:
+        return self.history[-1]["score"]
+
 
 class GenerationResult(NamedTuple):
     """The chosen schedule and its label; one row per candidate (score after each round); ``noise``: standard deviation
-    of the difference in score between the last round's winner and runner-up (to the first order, pair by pair)."""
+    of the difference in distance between the last round's winner and runner-up (to the first order, pair by pair)."""
 
     schedule: Schedule
     label: str
@@ -227,6 +258,7 @@ def search(
     sample_flops: float,
     budget: Budget,
     allowance: float,
+    energy: float = 0.0,
     progress: bool = True,
 ) -> GenerationResult:
     """Successive halving over ``candidates``, then a local refinement around the winner.
@@ -235,6 +267,7 @@ def search(
         generate: (schedule, sample indices int64 [B]) -> latents [B, C, H, W]; must depend on nothing else.
         sample_flops: FLOPs of generating one sample; the scorer's come on top.
         allowance: FLOPs of ``budget`` that may be spent here.
+        energy: weight of the kinetic energy in the score (``gentle_score``); 0: the distance alone decides.
 
     Raises:
         UserError: the allowance is too small for even four candidates (names ``probe.budget``).
@@ -256,7 +289,7 @@ def search(
         )
     with tqdm(total=affordable, desc="schedules", unit="img", disable=not progress) as bar:
 
-        def extend(candidate: _Candidate, count: int) -> float:
+        def extend(candidate: _Candidate, count: int) -> None:
             if count > candidate.count:
                 budget.spend("sampling", (count - candidate.count) * sample_flops)
                 if scorer.flops:
@@ -264,18 +297,18 @@ def search(
                 latents = generate(candidate.schedule, torch.arange(candidate.count, count))
                 bar.update(len(latents))
                 candidate.features.append(scorer.features(latents).detach().double().cpu())
-            score = frechet_distance(gaussian_statistics(torch.cat(candidate.features)), scorer.reference)
-            candidate.history.append({"samples": candidate.count, "distance": score})
-            bar.set_postfix(best=f"{score:.3f}")
-            return score
+            distance = frechet_distance(gaussian_statistics(torch.cat(candidate.features)), scorer.reference)
+            score = gentle_score(distance, candidate.kinetic, energy)
+            candidate.history.append({"samples": candidate.count, "distance": distance, "score": score})
+            bar.set_postfix(distance=f"{distance:.3f}")
 
         everyone = [_Candidate(name, schedule) for name, schedule in pool]
         alive = everyone
         for size, count in plan.rounds:
-            alive = sorted(alive, key=lambda c: c.history[-1]["distance"] if c.history else 0.0)[:size]
+            alive = sorted(alive, key=lambda c: c.score if c.history else 0.0)[:size]
             for candidate in alive:
                 extend(candidate, count)
-        alive = sorted(alive, key=lambda c: c.history[-1]["distance"])
+        alive = sorted(alive, key=lambda c: c.score)
         winner, count = alive[0], plan.rounds[-1][1]
 
         def noise_against(other: _Candidate) -> float:
@@ -296,8 +329,9 @@ def search(
                 trial = _Candidate(label(schedule), schedule)
                 everyone.append(trial)
                 left -= count
-                gain = winner.history[-1]["distance"] - extend(trial, count)
-                if gain > 0 and gain > noise_against(trial):  # a luckier draw is not a better schedule
+                extend(trial, count)
+                gain, least = winner.score - trial.score, max(winner.distance, _TINY)
+                if gain > 0 and gain > noise_against(trial) / least:  # a luckier draw is not a better schedule
                     winner, improved = trial, True
                     break
             if not improved:
@@ -306,11 +340,13 @@ def search(
         {
             "label": c.label,
             "samples": c.count,
-            "distance": c.history[-1]["distance"],
+            "distance": c.distance,
+            "score": c.score,
             "history": c.history,
             "lead": c.schedule.lead(),
+            "kinetic_energy": c.kinetic,
             "schedule": c.schedule.to_json(),
         }
-        for c in sorted(everyone, key=lambda c: (-c.count, c.history[-1]["distance"]))
+        for c in sorted(everyone, key=lambda c: (-c.count, c.score))
     ]
     return GenerationResult(winner.schedule, winner.label, rows, noise)

@@ -111,7 +111,7 @@ class ScheduleLearner:
 
     def objective(self, losses: Tensor, beta: float) -> Tensor:
         """Mean of ``losses`` [B] plus ``beta KE`` (exact, equal weights c_k); remembers the mean for ``update``."""
-        energy = kinetic_energy(self.schedule, [1 / self.schedule.count] * self.schedule.count, 512)
+        energy = kinetic_energy(self.schedule, points=512)
         mean = losses.mean().to("cpu", torch.float64)
         self.last = float(mean.detach())
         return mean + beta * energy
@@ -255,7 +255,7 @@ def learn_jointly(
     for name, learner in learners.items():
         schedule = learner.result()
         with torch.no_grad():
-            energy = float(kinetic_energy(schedule, [1 / schedule.count] * schedule.count))
+            energy = float(kinetic_energy(schedule))
         rows.append(
             {
                 "start": name,

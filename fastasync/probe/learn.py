@@ -88,7 +88,9 @@ class ProbeResult:
                 f"{name}: J {row['objective']:.4f}, KE {row['kinetic_energy']:.3f}, lead {row['lead']:.3f}{jump}"
             )
         for row in self.candidates:
-            lines.append(f"{row['label']}: distance {row['distance']:.4g} of {row['samples']} samples")
+            lines.append(
+                f"{row['label']}: score {row['score']:.4f}, distance {row['distance']:.4g} of {row['samples']} samples"
+            )
         if "noise" in self.diagnostics:
             lines.append(f"noise of a difference in distance: {self.diagnostics['noise']:.2g}")
         parts = ", ".join(f"{what} {flops / self.budget['limit_flops']:.1%}" for what, flops in spent.items())
@@ -333,6 +335,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
                 sample_flops=_sample_flops(config, job.forward),
                 budget=budget,
                 allowance=min(job.plan.sample_flops, budget.left),
+                energy=probe.energy,
                 progress=job.progress,
             )
         schedule, candidates = found.schedule, found.rows

@@ -252,7 +252,7 @@ class SweepRow(NamedTuple):
         """The row of the report's table."""
         schedule = self.minimum.schedule
         with torch.no_grad():
-            energy = kinetic_energy(schedule, [1 / schedule.count] * schedule.count)
+            energy = kinetic_energy(schedule)
             loss = line_loss(errors, schedule, density, lam)
         return {
             "beta": self.beta,

@@ -329,7 +329,7 @@ def _probe(record: Record) -> Markup:
     text = {
         "A": "gradient through the jointly trained probe",
         "B": "minimum of J over the fitted loss surface",
-        "C": "the candidate whose samples from the probe are closest to the data",
+        "C": "the gentlest of the candidates whose samples from the probe are close to the data",
     }[probe.estimator]
     facts: list[tuple[str, object]] = [("estimator", f"{probe.estimator}: {text}")]
     if budget:
@@ -370,14 +370,16 @@ def _candidates(candidates: Sequence[Mapping[str, Any]], found: Mapping[str, Any
     """C's table, the chosen one shaded, and what separates two scores from noise."""
     rows = []
     for row in candidates:
-        values = (row["label"], f"{row['samples']:,}", _number(row["distance"]), _number(row["lead"]))
+        numbers = (_number(row.get(name)) for name in ("distance", "lead", "kinetic_energy", "score"))
+        values = (row["label"], f"{row['samples']:,}", *numbers)
         css = "best" if row["label"] == found.get("label") else ""
         rows.append(_tag("tr", _join((_tag("td", value, css) for value in values), "")))
-    head = _tag("thead", _rows([["schedule", "samples", "distance", "lead"]], "th"))
+    head = _tag("thead", _rows([["schedule", "samples", "distance", "lead", "KE", "score"]], "th"))
     noise = found.get("noise")
     text = (
         f"Fréchet distance of the probe's samples in the frozen encoder's features ({found.get('method')}, "
-        f"{found.get('steps_of_sampler')} steps); scores with fewer samples are larger for that alone. Shaded: chosen."
+        f"{found.get('steps_of_sampler')} steps); those of fewer samples are larger for that alone. "
+        "Score: log distance + probe.energy x KE. Shaded: chosen."
     )
     if noise is not None:
         text += f" Noise: the difference between the best two has a standard deviation of {noise:.3g}."

@@ -95,11 +95,12 @@ class Schedule(nn.Module):
         return float(gap[gap.abs().argmax()])
 
 
-def kinetic_energy(schedule: Schedule, weights: Sequence[float], points: int = 4096) -> Tensor:
-    """``KE = sum_k c_k integral_0^1 (tau_k')^2 ds`` with ``c = weights``, differentiable.
+def kinetic_energy(schedule: Schedule, weights: Sequence[float] | None = None, points: int = 4096) -> Tensor:
+    """``KE = sum_k c_k integral_0^1 (tau_k')^2 ds`` with ``c = weights`` (default: 1 / K each), differentiable.
 
     1 for the synchronous schedule when the weights sum to 1.  Midpoint rule.
     """
+    weights = weights or [1 / schedule.count] * schedule.count
     s = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     speed = schedule(s).dtau
     return (speed.square().mean(0) * torch.tensor(weights, dtype=torch.float64)).sum()

@@ -14,10 +14,11 @@ from bench.harness import ROOT
 from bench.science import plan, rules, study
 from bench.science.plan import FAILED, Ledger, Question, RankJob, Rates, TrainJob, merge
 from bench.science.runner import Workshop
-from bench.science.specs import SAMPLE_SEED, STUDIES, Spec, nfe, sampler
+from bench.science.specs import SAMPLE_SEED, STUDIES, Spec, nfe, random_schedule, sampler
 from bench.science.statistics import paired, spearman, steps_to_reach, summary
 from bench.science.table import Table, markdown
 from fastasync.errors import UserError
+from fastasync.schedule import check_monotone, power, save_schedule
 from fastasync.training import load_model
 
 TINY = replace(
@@ -209,6 +210,9 @@ def test_reports_from_hand_made_rows(tmp_path):
             fake(ledger, Spec(name, seed), {"heun2": value + shift, "heun4": value + shift})
             for step in (10, 20, 80):
                 fake(ledger, Spec(name, seed), {"heun2": value * 40 / step, "heun4": value * 40 / step}, step=step)
+        save_schedule(
+            power(("texture", "semantic"), 3.0, ("lags", "leads")), Workshop.schedule_path(tmp_path, Spec("C", seed))
+        )
         # C's distances rank as the trained do, B's objectives the other way round
         for place, name in enumerate(("C", "power:2", "offset:0.3", "synchronous", "cascade")):
             ledger.ranks.put({"variant": "base", "seed": seed, "schedule": name, "status": "done", "flops": 10.0,
@@ -246,6 +250,50 @@ def test_how_well_the_trained_order_repeats(tmp_path):
         for name, value in zip(ledger.study.fixed, values):
             fake(ledger, Spec(name, seed), {"heun2": value, "heun4": value})
     assert rules.seed_agreement(ledger) == [pytest.approx(0.5)]
+
+
+def test_random_members_of_the_class():
+    names, roles = ("texture", "semantic"), ("lags", "leads")
+    drawn = [random_schedule(f"random:{number}", names, roles) for number in range(12)]
+    assert len({schedule.fingerprint for schedule in drawn}) == 12
+    for number, schedule in enumerate(drawn):
+        assert check_monotone(schedule) is None
+        assert 0.1 <= schedule.lead() <= 0.5
+        assert random_schedule(f"random:{number}", names, roles).fingerprint == schedule.fingerprint
+
+
+def test_the_room_above_the_best_fixed_schedule(tmp_path):
+    """The best random member on the scan's seed is trained again, and only that second figure judges it."""
+    ledger = Ledger(replace(TINY, members=3), [3, 4], tmp_path)
+    question = study.QUESTIONS[9]
+    assert [job.spec for job in question.jobs(ledger, None)] == [Spec(f"random:{n}", 100) for n in range(3)]
+    for name, value in {"synchronous": 5.0, "power:2": 4.0, "random:0": 5.0, "random:1": 3.0, "random:2": 6.0}.items():
+        fake(ledger, Spec(name, 100), {"heun2": value, "heun4": value})
+    again = {job.spec for job in question.jobs(ledger, None)[3:]}
+    assert again == {Spec(name, seed) for name in ("random:1", "synchronous", "power:2") for seed in (3, 4)}
+    for seed, value in ((3, 4.4), (4, 4.2)):
+        fake(ledger, Spec("random:1", seed), {"heun2": value, "heun4": value})
+        fake(ledger, Spec("power:2", seed), {"heun2": 4.0, "heun4": 4.0})
+    report = question.report(ledger)
+    assert [row["schedule"] for row in report.sections[0].rows] == ["random:1", "random:0", "random:2"]
+    assert "-25.0% against the best of 2 fixed schedules (power:2)" in report.sentences[0]
+    assert report.sentences[1] == "heun2: random:1 against power:2 +7.5 ± 3.5 %, 0 of 2 seeds better (worse)."
+
+
+def test_ranks_go_by_the_score_of_their_rule(tmp_path):
+    """Distances that rise with the lead a little: the energy turns them round."""
+    study_ = replace(
+        TINY, fixed=("synchronous", "power:1.5", "power:3"), probes={"base": (), "old": ("probe.energy=0",)}
+    )
+    ledger = Ledger(study_, [0], tmp_path)
+    for name, distance, trained in (("synchronous", 1.02, 3.0), ("power:1.5", 1.01, 2.0), ("power:3", 1.0, 4.0)):
+        fake(ledger, Spec(name, 100), {"heun2": trained, "heun4": trained})
+        for variant in ("base", "old"):
+            ledger.ranks.put({"variant": variant, "seed": 0, "schedule": name, "status": "done", "distance": distance,
+                              "objective": 1.0})  # fmt: skip
+    # with the energy 0.2: log 1.02 + 0.200, log 1.01 + 0.210, 0.265; trained 2nd, 1st, 3rd
+    assert rules.rank_agreement(ledger, "base", 0)["Spearman of C"] == pytest.approx(0.5)
+    assert rules.rank_agreement(ledger, "old", 0)["Spearman of C"] == pytest.approx(-0.5)
 
 
 # --- the miniature ------------------------------------------------------------------------------------------------
@@ -444,6 +492,14 @@ def test_main_run_starts_from_the_probes_weights(finished):
     assert 0 < warm.probe_steps("main shape") < study_.steps
 
 
+def test_seeds_of_the_command_line():
+    assert list(study._seeds("3")) == [0, 1, 2]
+    assert list(study._seeds("3-5")) == [3, 4, 5]
+    for text in ("0", "5-3", "3-", "x", "99-100", "-2"):
+        with pytest.raises(UserError, match="--seeds"):
+            study._seeds(text)
+
+
 def test_plan_and_bad_input(capsys, tmp_path):
     words = ["--preset", "digits", "--dry-run", "--seeds", "1", "--out", str(tmp_path), "--work", str(tmp_path / "w")]
     assert study.main(words) == 0
@@ -455,7 +511,7 @@ def test_plan_and_bad_input(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
     for bad, says in (
         (["--preset", "digit"], "did you mean 'digits'"),
-        (["--questions", "9"], "--questions"),
+        (["--questions", "10"], "--questions"),
         (["--preset", "digits", "--seeds", "0"], "--seeds"),
         (["--preset", "digits", "--set", "train.stps=3", "--dry-run"], "did you mean 'steps'"),
         (["--preset", "cifar10", "--set", f"data.root={tmp_path}"], "cifar10"),

@@ -1,5 +1,7 @@
 """Estimator C: the search against closed-form distances, its plan, its candidates, its ledger."""
 
+import math
+
 import pytest
 import torch
 from probe_cases import NAMES, PAIR, ROLES, THREE_CLOSE, THREE_NAMES, THREE_ROLES, WIDE
@@ -32,7 +34,7 @@ def true_distance(case, schedule, steps):
     return frechet_distance(statistics(case.generated_cov(schedule, uniform_grid(steps))), statistics(case.cov))
 
 
-def run_search(case, candidates, roles, steps, samples, budget=None):
+def run_search(case, candidates, roles, steps, samples, budget=None, energy=0.0):
     def generate(schedule, indices):
         noise = initial_noise(indices, (sum(case.channels), 1, 1), seed=0).double()
         return integrate(
@@ -49,6 +51,7 @@ def run_search(case, candidates, roles, steps, samples, budget=None):
         sample_flops=2.0 * steps,
         budget=budget,
         allowance=samples * 2.0 * steps,
+        energy=energy,
         progress=False,
     )
 
@@ -81,6 +84,44 @@ def test_c_of_three():
     truth = {name: true_distance(THREE_CLOSE, schedule, 3) for name, schedule in family.items()}
     assert min(truth.values()) < 0.55 * truth["synchronous"]
     assert true_distance(THREE_CLOSE, found.schedule, 3) < 1.15 * min(truth.values())
+
+
+@pytest.mark.parametrize(
+    ("energy", "shift", "chosen"),
+    [
+        (0.2, 0.02, "power 2/1 floor 0.1"),  # log 1.02 = 0.020 costs less than 0.2 x 0.165 of kinetic energy
+        (0.2, 0.05, "offset 0.3"),  # log 1.05 = 0.049 costs more
+        (0.4, 0.05, "power 2/1 floor 0.1"),
+        (0.0, 0.02, "offset 0.3"),
+        (3.0, 0.02, "synchronous"),  # 3 x 0.135 is more than log 1.4
+    ],
+)
+def test_of_near_equals_the_gentlest(energy, shift, chosen):
+    """Candidates at known distances 1 (KE 1.300), 1 + shift (KE 1.135), 1.4 (KE 1), and far ones."""
+    family = candidate_family(NAMES, ROLES, {})
+    names = ["synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade"]
+    distances = {"offset 0.3": 1.0, "power 2/1 floor 0.1": 1 + shift, "synchronous": 1.4}
+    shifts = {family[name].fingerprint: distance**0.5 for name, distance in distances.items()}
+    unit = GaussianStatistics(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+
+    def generate(schedule, indices):  # mean c, variance 1: at distance c^2
+        return (shifts.get(schedule.fingerprint, 3.0) + 1.0 - 2.0 * (indices % 2)).double()[:, None, None, None]
+
+    found = search(
+        {name: family[name] for name in names},
+        ROLES,
+        generate,
+        Scorer(lambda z: z.flatten(1), unit),
+        sample_flops=1.0,
+        budget=Budget(1e9, "test"),
+        allowance=10_000,
+        energy=energy,
+        progress=False,
+    )
+    assert found.label == chosen
+    row = next(row for row in found.rows if row["label"] == chosen)
+    assert row["distance"] == pytest.approx(distances[chosen], rel=1e-3)
+    assert row["score"] == pytest.approx(math.log(row["distance"]) + energy * row["kinetic_energy"], rel=1e-6)
 
 
 def test_search_is_deterministic_and_stays_within_its_allowance():

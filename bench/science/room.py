@@ -1,0 +1,83 @@
+"""Question 9: how much room is there above the best fixed schedule, whatever rule chooses?
+
+Random members of the learned class are trained on the scan's first seed, the best of them again on the headline seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from bench.science.compare import against, fids, geometric
+from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
+from bench.science.runner import Workshop
+from bench.science.specs import SCAN_SEED, Spec, random_schedule
+
+
+def _members(ledger: Ledger) -> list[str]:
+    return [f"random:{number}" for number in range(ledger.study.members)]
+
+
+def _means(ledger: Ledger, names: Sequence[str]) -> dict[str, float]:
+    """Mean over the headline samplers of log FID on the scan's first seed, of those that have all of them."""
+    means = {}
+    for name in names:
+        found = [ledger.figure(Spec(name, SCAN_SEED), ledger.study.steps, sampler) for sampler in ledger.study.headline]
+        known = [math.log(max(value, 1e-9)) for value in found if value is not None]
+        if len(known) == len(found):
+            means[name] = float(np.mean(known))
+    return means
+
+
+def _best(ledger: Ledger) -> str | None:
+    """The best random member, once every one has been trained (or has failed)."""
+    means = _means(ledger, _members(ledger))
+    return None if any(map(ledger.missing, _first(ledger))) else min(means, key=means.__getitem__, default=None)
+
+
+def _first(ledger: Ledger) -> list[Job]:
+    points = ((ledger.study.steps, ledger.study.headline),)
+    return [TrainJob(Spec(name, SCAN_SEED), points) for name in _members(ledger)]
+
+
+def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
+    points = ((ledger.study.steps, ledger.study.headline),)
+    jobs, best = _first(ledger), _best(ledger)
+    again = dict.fromkeys([best, "synchronous", ledger.rival]) if best else ()
+    return [*jobs, *(TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in again if name)]
+
+
+def _report(ledger: Ledger) -> Report:
+    study, rows, again, sentences = ledger.study, [], [], []
+    reps = study.common().representations
+    fixed, members = _means(ledger, study.fixed), _means(ledger, _members(ledger))
+    for name in sorted(members, key=members.__getitem__):
+        lead = random_schedule(name, reps.names, reps.roles).lead()
+        rows.append({"schedule": name, "lead": lead, **fids(ledger, Spec(name, 0), study.headline, [SCAN_SEED])})
+    best = _best(ledger)
+    if best and fixed:
+        rival = min(fixed, key=fixed.__getitem__)
+        change = math.expm1(members[best] - fixed[rival])
+        sentences.append(
+            f"On the seed that they were chosen on, the best of {len(members)} random members is {change:+.1%} against "
+            f"the best of {len(fixed)} fixed schedules ({rival}); the spread of the random ones is "
+            f"{math.expm1(np.std(list(members.values()), ddof=1)):.1%}."
+        )
+        for name in dict.fromkeys(["synchronous", ledger.rival, best]):
+            again.append({"schedule": name, **fids(ledger, Spec(name, 0), study.headline),
+                          "all": geometric(ledger, Spec(name, 0), study.headline)})  # fmt: skip
+        for sampler in study.headline:
+            found = against(ledger, Spec(best, 0), Spec(ledger.rival, 0), study.steps, sampler)
+            if found:
+                sentences.append(f"{sampler}: {best} against {ledger.rival} {found} ({found.verdict}).")
+    sections = [
+        Section("members", f"Random members of the learned class on seed {SCAN_SEED}: FID, the best first.",
+                ["schedule", "lead", *study.headline], rows),
+        Section("again", "The best of them on the headline seeds: FID.", ["schedule", *study.headline, "all"], again),
+    ]  # fmt: skip
+    return Report(sections, sentences)
+
+
+QUESTION = Question(9, "How much room there is above the best fixed schedule", _jobs, _report)
