@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from safetensors import safe_open
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from bench.harness import Bench, Summary, WrongResult, summarize
+from bench.harness import Bench, Summary, WrongResult, paired_overhead, summarize
+from bench.workload import configuration, learned_schedule, make_work
 from fastasync.data import LatentSet, batch_indices
 from fastasync.data.shard_loader import ShardLatents
 from fastasync.data.shards import Encoding, begin, finish, write_shard
@@ -32,7 +33,7 @@ DECIBELS = {"dali cpu": 54.0, "dali gpu": 40.0}  # the least PSNR of a crop to 2
 
 def run(bench: Bench) -> None:
     memory(bench)
-    for case in (shards, jpegs):
+    for case in (shards, jpegs, training):
         if not bench.time_is_up(f"data, {case.__name__}"):
             with tempfile.TemporaryDirectory() as folder:
                 case(bench, Path(folder))
@@ -70,6 +71,17 @@ def passes(bench: Bench, loaders: Mapping[str, Loader], batches: int) -> dict[st
     return {name: summarize([ms / (batches - 1) for ms in values]) for name, values in times.items()}
 
 
+def write_shards(folder: Path, encoding: Encoding) -> None:
+    """A finished folder of normal latents and features."""
+    begin(folder, encoding)
+    size, classes = encoding.shard_size, len(encoding.class_names)
+    for shard in range(encoding.shards):
+        wanted = {name: kind for name, kind in encoding.tensors(size).items() if name != "labels"}
+        tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in wanted.items()}
+        write_shard(folder, encoding, shard, tensors | {"labels": torch.randint(classes, (size,))})
+    finish(folder, encoding)
+
+
 class OpensEachSample(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """What the peers' loaders do: open the shard, slice one sample, normalise it."""
 
@@ -90,11 +102,7 @@ def shards(bench: Bench, folder: Path) -> None:
     count, batch, size = (512, 64, 32) if bench.small else (4096, 256, 256)
     names, channels, classes = ("texture", "semantic"), (32, 16), tuple("0123456789")
     encoding = Encoding("-", count, 0, classes, (3, 256, 256), 16, names, channels, ("-", "-"), False, "float32", size)
-    begin(folder, encoding)
-    for shard in range(encoding.shards):
-        tensors = {name: torch.randn(shape) for name, (_, shape) in encoding.tensors(size).items() if name != "labels"}
-        write_shard(folder, encoding, shard, tensors | {"labels": torch.randint(10, (size,))})
-    finish(folder, encoding)
+    write_shards(folder, encoding)
     batches = [batch_indices(step, batch, count, 0) for step in range(min(count // batch, 9))]
     latents = ShardLatents(folder, bench.device)
     opens, order = OpensEachSample(folder, latents), [indices.tolist() for indices in batches]
@@ -167,3 +175,50 @@ def jpegs(bench: Bench, folder: Path) -> None:
     for name, found in times.items():
         shape = f"[{batch}, 3, 256, 256]"
         bench.add("data", "JPEG to 256", name, shape, "uint8", found, images=batch, note=notes[name])
+
+
+class FromShards(Sequence[tuple[Tensor, Tensor, Tensor | None]]):
+    """The batches of a training run, as its loop gets them from shards."""
+
+    def __init__(self, latents: ShardLatents, batch: int):
+        self.latents, self.batch = latents, batch
+        latents.prefetch(lambda number: (self.order(number), None), 0, len(self))
+
+    def order(self, number: int) -> Tensor:
+        return batch_indices(number, self.batch, len(self.latents), 0)
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor | None]:  # type: ignore[override]
+        indices, device = self.order(number), self.latents.device
+        z, y = self.latents.batch(indices)
+        assert self.latents.features is not None
+        return z, y, self.latents.features(indices, None).to(device, non_blocking=True)
+
+
+def training(bench: Bench, folder: Path) -> None:
+    """A training step on batches from shards, REPA's features with them, in pairs with the same step on four batches
+    in memory: what it waits for."""
+    size, batch, count, shard = ("tiny", 8, 64, 16) if bench.small else ("XL", 256, 4096, 256)
+    config = configuration(size, batch, "ours eager" if bench.small else "ours regional")
+    reps, model = config.representations, config.model
+    classes, tokens = tuple(map(str, range(model.classes))), (reps.grid // model.patch) ** 2
+    shape, made_by = (3, 16 * reps.grid, 16 * reps.grid), ("-",) * len(reps.names)
+    kinds = (reps.grid, reps.names, reps.channels, made_by, False, "float32", shard, "-", (tokens, model.repa_width))
+    write_shards(folder, Encoding("-", count, 0, classes, shape, *kinds))
+    with ShardLatents(folder, bench.device, features=True) as files:
+        read = FromShards(files, batch)
+        memory = make_work(config, bench.device, [read[number] for number in range(4)])
+        works = {"in memory": memory, "from shards": make_work(config, bench.device, read, [memory])}
+        schedule = learned_schedule(config)
+        calls = {name: lambda work=work: work.step(schedule) for name, work in works.items()}
+        for call in calls.values():
+            for _ in range(5):  # compiles, tunes
+                call()
+        times = bench.interleaved(calls, rounds=min(bench.rounds, 8), inner=3 if bench.small else 10)
+    overhead = paired_overhead(times["in memory"], times["from shards"])
+    note = f"overhead {overhead.mean:+.2%}, 95 % interval {overhead.low:+.2%} to {overhead.high:+.2%}"
+    for name, values in times.items():
+        extra = note if name == "from shards" else ""
+        bench.add("data", f"step {size}", name, f"batch {batch}", "bf16", summarize(values), images=batch, note=extra)

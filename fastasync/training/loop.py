@@ -204,8 +204,11 @@ def train(
             for (where, _), times_at, flips_of in zip(places, clocks, flips_at):
                 indices = order[where]
                 flips = flips_of(step) if config.data.flip else None
-                z, y = (part.to(device, non_blocking=True) for part in latents.batch(indices, flips))
-                features = None if features_of is None else features_of(indices, flips).to(device, non_blocking=True)
+                with watch.waiting():
+                    batch = latents.batch(indices, flips)
+                    features = None if features_of is None else features_of(indices, flips)
+                z, y = (part.to(device, non_blocking=True) for part in batch)
+                features = None if features is None else features.to(device, non_blocking=True)
                 times = times_at(step).to(device)
                 parts.append(Part(z, y, times.tau, times.weight, features))
             values, norm = engine.run(compute, step, parts, learning_rate(config, step), tally.limit)
@@ -218,13 +221,14 @@ def train(
             # --- what is not done at every step ---------------------------------------------------------------------
             if step % settings.log_every == 0 or step == settings.steps:
                 reading = inspect()
-                rate = watch.rate()
+                rate, data_share = watch.read()
                 record = {
                     "step": step,
                     **reading.means,
                     "lr": learning_rate(config, step - 1),
                     "skipped": reading.skipped,
                     "images_per_second": rate,
+                    "data_share": data_share,
                     "mfu": None if peak is None else rate * flops / (peak * engine.world),
                     "memory_gib": peak_memory(device),
                 }

@@ -132,17 +132,28 @@ class TallyReading:
 
 
 class Stopwatch:
-    """Images per second between records, without what is not training (saving)."""
+    """Images per second between records, without what is not training (saving), and how much of it data took."""
 
     def __init__(self, batch: int):
-        self.batch, self.steps, self.start = batch, 0, time.perf_counter()
+        self.batch, self.steps, self.waited, self.start = batch, 0, 0.0, time.perf_counter()
 
-    def rate(self) -> float:
-        """Images/s since the last call."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs inside gets a batch."""
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+    def read(self) -> tuple[float, float]:
+        """Images/s since the last call, and the share of that time in which this process was getting batches.
+
+        A GPU that is still busy with earlier steps does not notice: of its time this is an upper bound.
+        """
         now = time.perf_counter()
-        rate = self.steps * self.batch / max(now - self.start, 1e-9)
-        self.steps, self.start = 0, now
-        return rate
+        seconds = max(now - self.start, 1e-9)
+        rate, share = self.steps * self.batch / seconds, self.waited / seconds
+        self.steps, self.waited, self.start = 0, 0.0, now
+        return rate, share
 
     def leave_out(self, since: float) -> None:
         """Do not count the time from ``since`` (of ``time.perf_counter``) to now."""

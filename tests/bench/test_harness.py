@@ -150,7 +150,15 @@ def test_subject_runs_on_a_cpu(bench, subject):
         assert all("for images" in row.note and "for the disk" in row.note for row in whole)
     if subject == "data":
         found = {row.variant for row in bench.rows} | {"dali cpu" for line in bench.skipped if "not installed" in line}
-        assert found == {"in memory", "opens each sample", "shards, direct", "shards, ahead", "pillow", "dali cpu"}
+        assert found == {
+            "in memory",
+            "opens each sample",
+            "shards, direct",
+            "shards, ahead",
+            "pillow",
+            "dali cpu",
+            "from shards",
+        }
 
 
 @pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp"])

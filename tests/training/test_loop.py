@@ -45,6 +45,7 @@ def test_loss_falls_to_the_gaussian_optimum(tmp_path, tiny, run):
     best = gaussian_optimum(mean, 0.5)
     assert 0.97 * best < sum(record["loss"] for record in late) / 50 < 1.15 * best
     assert all(record["images_per_second"] > 0 and 0 < record["memory_gib"] < 64 for record in late)
+    assert all(0 < record["data_share"] < 1 for record in late)
 
 
 def test_three_representations(tmp_path, tiny, run):

@@ -80,9 +80,13 @@ def test_stopwatch_leaves_out_what_is_not_training(monkeypatch):
     watch.steps, now[0] = 5, 104.0
     began, now[0] = now[0], 110.0
     watch.leave_out(began)
-    assert watch.rate() == pytest.approx(5 * 8 / 4)
+    assert watch.read() == (pytest.approx(5 * 8 / 4), 0.0)
+    with watch.waiting():
+        now[0] = 110.5
     watch.steps, now[0] = 1, 112.0
-    assert watch.rate() == pytest.approx(4.0)
+    assert watch.read() == (pytest.approx(4.0), pytest.approx(0.25))
+    now[0] = 113.0
+    assert watch.read() == (0.0, 0.0)
 
 
 def test_log_drops_later_steps_and_torn_lines(tmp_path):

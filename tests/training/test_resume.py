@@ -12,7 +12,7 @@ from fastasync.schedule import named_schedule
 from fastasync.training import EXIT_CODE, Interrupted, load_model
 from fastasync.training.checkpoint import newest, read_state
 
-TIMING = ("images_per_second", "mfu", "memory_gib")
+TIMING = ("images_per_second", "data_share", "mfu", "memory_gib")
 
 
 def outcome(out):
