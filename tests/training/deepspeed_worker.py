@@ -2,7 +2,7 @@
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
 "bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "kinds", "shards", "backends"},
-{"error", "code"} or {"other": code}, a file for each rank.
+{"error", "code"}, {"code"} or {"other": code}, a file for each rank.
 """
 
 import errno
@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
 from fastasync.model.dit import BlockLinear, LightningDiT
 from fastasync.training import deepspeed_engine, deepspeed_shards
+from fastasync.training.interrupt import Interrupted
 
 torch.set_num_threads(1)
 
@@ -109,6 +111,9 @@ def run(job):
     data = tiny_run.gaussian_latents(mirror=True)
     if job.get("event") == "nan":  # on one rank only, and on all of its images
         data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
+    if job.get("event") == "stop":  # as the batch of the third step is read
+        third = 2 * job["config"]["train"]["accumulate"]
+        data = tiny_run.Disturbed(data, lambda part: os.kill(os.getpid(), signal.SIGTERM) if part == third else None)
     deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
     deepspeed_shards.BUCKET = job.get("bucket", _bucket)
     gc.collect()  # an engine of a job before waits as it goes
@@ -121,6 +126,8 @@ def run(job):
             done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
     except OtherRankFailed as error:
         return {"other": error.code}
+    except Interrupted as error:
+        return {"code": error.code}
     except UserError as error:
         return {"error": str(error), "code": error.exit_code}
     seconds = time.perf_counter() - began
