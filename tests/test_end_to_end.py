@@ -1,5 +1,6 @@
-"""From JPEGs to a trained, resumed, sampled and exported network: DALI on the CPU, shards, two DeepSpeed ranks."""
+"""From JPEGs to trained, resumed, sampled and exported networks: DALI on the CPU, shards, two DeepSpeed ranks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastasync.cli import main
@@ -23,6 +25,16 @@ SETTINGS = [
     "train.precision=fp32", "probe.estimator=B", "probe.depth=1", "probe.width=16", "probe.heads=1", "probe.batch=2",
     "probe.budget=1", "sample.count=12", "sample.steps=2", "sample.batch=8",
 ]  # fmt: skip
+STAGES = (1, 2, 3)
+
+# `fastasync train` of several runs, one after the other, in the same ranks: starting them takes longer than training
+RUNS = """import json, sys
+from fastasync.cli import _command, parser
+from fastasync.distributed import session
+codes = [_command(parser("train").parse_args(command)) for command in json.loads(sys.argv[1])]
+session().leave()
+sys.exit(max(codes))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +71,44 @@ def test_from_jpegs_to_an_exported_network(jpegs, tmp_path, capsys):
     assert main([*encode, "--skip-bad", str(bad)]) == 0
     assert main(["check-latents", str(latents)]) == 0
 
-    # two ranks learn the schedule, train fifteen steps, are started again and train to the thirtieth
+    # two ranks learn a schedule and train along it under each stage, fifteen steps; started again, to the thirtieth
+    outs = {zero: tmp_path / f"zero{zero}" for zero in STAGES}
+    sharded = tmp_path / "sharded.json"  # ZeRO 3 keeps parameters as small as these whole otherwise
+    sharded.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+
+    def command(zero, steps):
+        more = [f"data.root={latents}", f"train.zero={zero}", f"train.steps={steps}"]
+        more += [] if zero == 1 else [f"schedule.name={outs[1]}/schedule.json"]
+        more += [f"train.deepspeed_config={sharded}"] if zero == 3 else []
+        return ["train", "--preset", "digits", "--out", str(outs[zero]), *settings(*more)]
+
+    (tmp_path / "runs.py").write_text(RUNS)
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "tests/without"))
     environment = {**os.environ, "DS_BUILD_OPS": "0", "PYTHONPATH": paths}
-    train = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
-             str(ROOT / "train.py"), "--preset", "digits", "--out", str(out),
-             *settings(f"data.root={latents}", "train.zero=1")]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     for steps in (15, 30):
-        command = [*train, "--set", f"train.steps={steps}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        commands = json.dumps([command(zero, steps) for zero in STAGES])
+        done = subprocess.run(
+            [*launch, str(tmp_path / "runs.py"), commands],
+            env=environment, capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "checkpoints" / "step_00000030" / "manifest.json").is_file()
-    assert main(["verify", str(out)]) == 0
+    for zero in STAGES:
+        assert f"resumed from {outs[zero] / 'checkpoints' / 'step_00000015'}" in done.stderr
 
-    # one process samples and exports; the file loads strictly
-    assert main(["sample", "--out", str(out)]) == 0
-    with np.load(next(out.glob("samples/*/samples.npz"))) as arrays:
+    # one process samples and exports; the files load strictly, and no stage has trained anything else
+    assert main(["sample", "--out", str(outs[1])]) == 0
+    with np.load(next(outs[1].glob("samples/*/samples.npz"))) as arrays:
         assert arrays["arr_0"].shape == (12, 32, 32, 3)
-    assert main(["convert", str(out), str(tmp_path / "published.pt")]) == 0
-    loaded = load_model(out)
-    load_into(loaded.model, load_state(tmp_path / "published.pt"))
-    assert loaded.info.step == 30
+    exported = {}
+    for zero, out in outs.items():
+        assert main(["verify", str(out)]) == 0
+        assert main(["convert", str(out), str(tmp_path / f"zero{zero}.pt")]) == 0
+        loaded, exported[zero] = load_model(out), load_state(tmp_path / f"zero{zero}.pt")
+        load_into(loaded.model, exported[zero])
+        assert loaded.info.step == 30
+        for name, value in exported[zero].items():
+            torch.testing.assert_close(value, exported[1][name], rtol=2e-4, atol=1e-5, msg=f"ZeRO {zero} {name}")
 
 
 def test_bad_latents_are_one_line(jpegs, tmp_path, capsys):

@@ -406,27 +406,33 @@ class LightningDiT(nn.Module):
     def _attention(self) -> str:
         return "sdpa" if self.attention == "auto" else self.attention
 
-    def choose_attention(self, batch: int, dtype: torch.dtype, gradient: bool = True) -> str:
+    def choose_attention(self, batch: int, dtype: torch.dtype, gradient: bool = True, backend: str = "") -> str:
         """Fix the attention backend for this model's device, ``batch`` samples, ``dtype`` and direction; returns it.
 
         Call it before the model is compiled or first run, again after it moved to another device.  With ``auto`` the
-        backends are measured once in a process (on CUDA).  Raises UserError when the named backend cannot run here.
+        backends are measured once in a process (on CUDA).  ``backend`` takes the place of the model's own name.
+        Raises UserError when the named backend cannot run here.
         """
-        tokens = (self.grid // self.patch) ** 2
+        wanted, tokens = backend or self.attention, (self.grid // self.patch) ** 2
         shape = (batch, self.heads, tokens, self.width // self.heads)
         try:
-            chosen = kernels_attention.resolve_backend(self.attention, self.pos_embed.device, dtype, shape, gradient)
+            chosen = kernels_attention.resolve_backend(wanted, self.pos_embed.device, dtype, shape, gradient)
         except kernels_attention.BackendUnavailable as error:
-            raise UserError("model.attention", self.attention, str(error)) from None
+            raise UserError("model.attention", wanted, str(error)) from None
         self._ops = select_ops(self.kernels, self.pos_embed.device, chosen, self.chosen_mlp)
         return chosen
+
+    @property
+    def chosen_attention(self) -> str:
+        """The backend of attention."""
+        return self._ops.attention if self._ops is not None else self._attention()
 
     @property
     def chosen_mlp(self) -> str:
         """The MLP's backend, ``plain`` or ``quack``."""
         return self._ops.mlp if self._ops is not None else "plain"
 
-    def choose_mlp(self, batch: int, dtype: torch.dtype, gradient: bool = True) -> str:
+    def choose_mlp(self, batch: int, dtype: torch.dtype, gradient: bool = True, backend: str = "") -> str:
         """Fix the MLP's backend as ``choose_attention`` fixes attention's, for linears that are not in fp8; returns it.
 
         With ``auto`` it is measured once in a process, and ``plain`` where the fused operations are the reference.
@@ -434,12 +440,12 @@ class LightningDiT(nn.Module):
         """
         device, hidden = self.pos_embed.device, hidden_width(self.width, self.mlp_multiple)
         ops = self._ops if self._ops is not None else select_ops(self.kernels, device, self._attention())
-        wanted = "plain" if self.mlp == "auto" and not ops.sum_bias else self.mlp
+        wanted = backend or ("plain" if self.mlp == "auto" and not ops.sum_bias else self.mlp)
         shape = gated_mlp.Shape(batch * (self.grid // self.patch) ** 2, self.width, hidden, self.width)
         try:
             chosen = gated_mlp.resolve_mlp(wanted, ops.swiglu, device, dtype, shape, gradient)
         except gated_mlp.MlpUnavailable as error:
-            raise UserError("model.mlp", self.mlp, str(error)) from None
+            raise UserError("model.mlp", wanted, str(error)) from None
         self._ops = ops._replace(mlp=chosen)
         return chosen
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import fastasync_kernels
 import torch
@@ -16,7 +18,7 @@ from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
 from fastasync.model import SIZES, LightningDiT, memory_estimate
-from fastasync.model.dit import BlockLinear, Linear, hidden_width
+from fastasync.model.dit import BlockLinear, Linear, hidden_width, select_ops
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
@@ -46,18 +48,24 @@ def build_model(config: Config) -> LightningDiT:
     )
 
 
-def prepare_model(model: LightningDiT, config: Config, device: torch.device, batch: int) -> LightningDiT:
+Gather = Callable[[Any], list[Any]]
+
+
+def prepare_model(
+    model: LightningDiT, config: Config, device: torch.device, batch: int, gather: Gather = lambda own: [own]
+) -> LightningDiT:
     """The network ready to be trained on ``device`` in parts of ``batch`` samples; not compiled yet.
 
     Moves it, fixes the backends of attention and MLP, turns the block linears to fp8 where ``train.precision`` asks for
     it or divides their weights' gradients, and chooses what the backward pass recomputes.  Names and shapes of the
-    state dict stay as they are.
+    state dict stay as they are.  ``gather``: one value of each rank, in their order (collective): all ranks take the
+    same choices, and what is recomputed where the least memory is free.
     Raises UserError for what cannot run here.
     """
     train = config.train
     model = model.to(device)
     dtype = choose_autocast(train.precision, device)
-    backend = model.choose_attention(batch, dtype or torch.float32)
+    model.choose_attention(batch, dtype or torch.float32)
     if train.precision == "fp8":
         use_fp8(model, device)
     else:
@@ -65,11 +73,56 @@ def prepare_model(model: LightningDiT, config: Config, device: torch.device, bat
             divide_weight_gradients(model, batch, dtype, device)
         if train.zero < 3:  # which gathers each layer's weights when the layer is called
             model.choose_mlp(batch, dtype or torch.float32)
+    agree_on_backends(model, batch, dtype or torch.float32, gather)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     memory = choose_memory(train.memory, model, batch, "fp32" if train.precision == "fp32" else "bf16", free)
+    memory = max(gather(memory), key=RECOMPUTE.index)
     model.set_recompute(memory)
-    _log.info("attention %s, MLP %s, memory %s", backend, model.chosen_mlp, memory)
+    _log.info("attention %s, MLP %s, memory %s", model.chosen_attention, model.chosen_mlp, memory)
     return model
+
+
+class Backends(NamedTuple):
+    """What a rank found fastest; ``parts`` of each block linear's gradient; whether the kernels are ``fused``."""
+
+    attention: str
+    mlp: str
+    parts: tuple[int, ...]
+    fused: bool
+
+
+def agree_on_backends(model: LightningDiT, batch: int, dtype: torch.dtype, gather: Gather) -> None:
+    """Take rank 0's backends on every rank: each has measured for itself, and times have noise.
+
+    Gradients come in another order with other backends, so ZeRO 2 would reduce other ones together on each rank, and
+    sums would be of numbers that are rounded in different ways.  Where a rank cannot run them, all take PyTorch's own.
+    Raises UserError where Triton's kernels run on some ranks only.
+    """
+    linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
+    fused = select_ops(model.kernels, model.pos_embed.device).sum_bias
+    found = gather(Backends(model.chosen_attention, model.chosen_mlp, tuple(each.parts for each in linears), fused))
+    if len(set(found)) == 1:
+        return
+    if len({each.fused for each in found}) > 1:
+        ranks = ", ".join(str(rank) for rank, each in enumerate(found) if not each.fused)
+        raise UserError("model.kernels", model.kernels, f"Triton does not run on ranks {ranks}: set it to reference")
+    chosen = found[0]
+    _log.info("ranks found different backends fastest, all take rank 0's: %s", chosen)
+
+    def take(attention: str, mlp: str) -> bool:
+        try:
+            model.choose_attention(batch, dtype, backend=attention)
+            model.choose_mlp(batch, dtype, backend=mlp)
+        except UserError as error:
+            _log.warning("%s", error)
+            return False
+        return True
+
+    if not all(gather(take(chosen.attention, chosen.mlp))):
+        _log.info("rank 0's backends do not run on every rank: all take attention sdpa, MLP plain")
+        take("sdpa", "plain")
+    for linear, parts in zip(linears, chosen.parts):
+        linear.parts = parts
 
 
 def divide_weight_gradients(model: LightningDiT, batch: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -39,7 +39,6 @@ from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
 from fastasync.errors import UserError, not_installed, require
 from fastasync.model import LightningDiT
-from fastasync.model.recompute import RECOMPUTE
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
@@ -96,11 +95,7 @@ class DeepSpeedEngine:
         self._train, self.stage = train, train.zero
 
         part = train.batch // (self.world * train.accumulate)
-        self.model = prepare_model(model, config, device, part).train()
-        # what is recomputed follows from each GPU's free memory: the ranks must agree, ZeRO 3 gathers weights for it
-        most = torch.tensor(max((RECOMPUTE.index(block.recompute) for block in self.model.blocks), default=0))
-        distributed.all_reduce(most, op=distributed.ReduceOp.MAX, group=self._control)
-        self.model.set_recompute(RECOMPUTE[int(most)])
+        self.model = prepare_model(model, config, device, part, self._gather).train()
         settings = deepspeed_json(config, self.world)
         zero = settings["zero_optimization"]
         offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
@@ -206,6 +201,12 @@ class DeepSpeedEngine:
         total = values.clone()
         distributed.all_reduce(total)
         return total / self.world
+
+    def _gather(self, own: T) -> list[T]:
+        """What every rank has, in their order."""
+        found: list[T] = [own] * self.world
+        distributed.all_gather_object(found, own, group=self._control)
+        return found
 
     def any(self, flag: bool) -> bool:
         seen = torch.tensor([int(flag)])

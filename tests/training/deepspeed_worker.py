@@ -1,8 +1,8 @@
 """One rank of test_deepspeed.py, started by torchrun: runs the jobs of a JSON file one after the other.
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
-"bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "kinds", "shards"}, {"error", "code"}
-or {"other": code}, a file for each rank.
+"bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "kinds", "shards", "backends"},
+{"error", "code"}, {"code"} or {"other": code}, a file for each rank.
 """
 
 import errno
@@ -10,22 +10,37 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
 import torch
+from fastasync_kernels import gated_mlp, weight_gradient
 
 from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
+from fastasync.model.dit import BlockLinear, LightningDiT
 from fastasync.training import deepspeed_engine, deepspeed_shards
+from fastasync.training.interrupt import Interrupted
 
 torch.set_num_threads(1)
-_spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("conftest.py"))
-assert _spec is not None
-assert _spec.loader is not None
-tiny_run = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny_run)
+
+
+def load(path):
+    """A module of tests/, which is no package: another one may be installed under that name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tiny_run = load(Path(__file__).with_name("conftest.py"))
+quack_kit = load(Path(__file__).parents[1] / "kernels" / "quack_kit.py")
 sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment] - seconds to import
 
 
@@ -37,13 +52,38 @@ def full_disk(path, *arguments):
     return _stream_tensors(path, *arguments)
 
 
+@contextmanager
+def ranks_that_measure_differently(possible):
+    """Rank 0 finds attention by the formula, quack's MLP and whole gradients fastest, rank 1 PyTorch's and halves.
+
+    ``possible``: whether rank 1 can run what rank 0 chose.
+    """
+    rank = session().rank
+    choose_attention, choose_mlp = LightningDiT.choose_attention, LightningDiT.choose_mlp
+
+    def attention(model, batch, dtype, gradient=True, backend=""):
+        if backend == "reference" and rank == 1 and not possible:
+            raise UserError("model.attention", backend, "this test says that it cannot run here")
+        return choose_attention(model, batch, dtype, gradient, backend or ("reference", "sdpa")[rank])
+
+    def mlp(model, batch, dtype, gradient=True, backend=""):
+        return choose_mlp(model, batch, dtype, gradient, backend or ("quack", "plain")[rank])
+
+    with pytest.MonkeyPatch.context() as patch, quack_kit.installed():
+        patch.setattr(LightningDiT, "choose_attention", attention)
+        patch.setattr(LightningDiT, "choose_mlp", mlp)
+        patch.setattr(gated_mlp, "resolve_mlp", lambda wanted, *_: wanted)  # also without a GPU
+        patch.setattr(weight_gradient, "choose_parts", lambda *_: rank + 1)
+        yield
+
+
 _bucket = deepspeed_shards.BUCKET
 _stream_tensors = deepspeed_engine.stream_tensors
 
 
 def count_waits():
-    """A list that grows with every time that DeepSpeed waits for the device."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for by every job; read at the first import
+    """A list that grows with every time that DeepSpeed, on the CPU, waits for the device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at the first import
     from deepspeed.accelerator import get_accelerator
 
     waits, accelerator = [], get_accelerator()
@@ -52,13 +92,15 @@ def count_waits():
 
 
 _make_state = deepspeed_engine.DeepSpeedEngine._make_state
-_layout = {}  # of the last engine: its parameters' dtypes, the bytes of its shards
+_layout = {}  # of the last engine: its parameters' dtypes, the bytes of its shards, its network's backends
 
 
 def note_layout(engine):
     flats = getattr(engine._sharded, "bit16_groups_flat", [])
     _layout["kinds"] = sorted({str(p.dtype) for p in engine.model.parameters()})
     _layout["shards"] = [flat.numel() * flat.element_size() // engine.world for flat in flats]
+    parts = [module.parts for module in engine.model.modules() if isinstance(module, BlockLinear)]
+    _layout["backends"] = [engine.model.chosen_attention, engine.model.chosen_mlp, *parts]
     _make_state(engine)
 
 
@@ -69,15 +111,23 @@ def run(job):
     data = tiny_run.gaussian_latents(mirror=True)
     if job.get("event") == "nan":  # on one rank only, and on all of its images
         data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
+    if job.get("event") == "stop":  # as the batch of the third step is read
+        third = 2 * job["config"]["train"]["accumulate"]
+        data = tiny_run.Disturbed(data, lambda part: os.kill(os.getpid(), signal.SIGTERM) if part == third else None)
     deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
     deepspeed_shards.BUCKET = job.get("bucket", _bucket)
     gc.collect()  # an engine of a job before waits as it goes
-    waits = count_waits()
+    waits = count_waits() if job["config"]["train"].get("device", "cpu") == "cpu" else []
     began = time.perf_counter()
+    differently = job.get("event") in ("differently", "impossibly")
+    measured = ranks_that_measure_differently(job["event"] == "differently") if differently else nullcontext()
     try:
-        done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
+        with measured:
+            done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
     except OtherRankFailed as error:
         return {"other": error.code}
+    except Interrupted as error:
+        return {"code": error.code}
     except UserError as error:
         return {"error": str(error), "code": error.exit_code}
     seconds = time.perf_counter() - began

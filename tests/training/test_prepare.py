@@ -135,6 +135,13 @@ def test_the_mlps_are_chosen_for_bf16(tiny, monkeypatch):
     assert asked == [(torch.bfloat16, shape, True), (torch.float32, shape, True)]
 
 
+def test_triton_on_some_ranks_only_is_refused(tiny):
+    """Its operations give biases their gradients at other times than PyTorch's."""
+    config = tiny()
+    with pytest.raises(UserError, match=r"model.kernels: auto: Triton does not run on ranks 0, 2: set it to reference"):
+        prepare_model(build_model(config), config, CPU, 8, lambda own: [own, own._replace(fused=True), own])
+
+
 def test_memory_auto_counts_what_the_mlps_keep():
     model = xl()
     model._ops = model._ops._replace(mlp="quack")
