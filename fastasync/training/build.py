@@ -16,7 +16,7 @@ from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
 from fastasync.model import SIZES, LightningDiT, memory_estimate
-from fastasync.model.dit import BlockLinear, Linear, hidden_width
+from fastasync.model.dit import BlockLinear, Linear, SwiGLU, hidden_width
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
@@ -70,6 +70,27 @@ def prepare_model(model: LightningDiT, config: Config, device: torch.device, bat
     model.set_recompute(memory)
     _log.info("attention %s, MLP %s, memory %s", backend, model.chosen_mlp, memory)
     return model
+
+
+def prepare_sampling(model: LightningDiT, batch: int, precision: str, device: torch.device) -> torch.dtype | None:
+    """Make a network on ``device`` ready to be sampled from, ``batch`` samples at a time; returns its autocast dtype.
+
+    Fixes the backends of attention and MLP for passes without gradients, and brings the weights, which must not change
+    any more, into the form that the products take.  ``precision``: ``auto``, ``bf16``, ``fp32`` or ``fp8``.
+    Raises UserError for what cannot run here.
+    """
+    dtype = choose_autocast(precision, device)
+    model.choose_attention(batch, dtype or torch.float32, gradient=False)
+    if precision == "fp8":
+        use_fp8(model, device, frozen=True)
+    else:
+        model.choose_mlp(batch, dtype or torch.float32, gradient=False)
+    if dtype is not None:
+        round_linears(model, dtype)
+    for module in model.modules():
+        if isinstance(module, SwiGLU) and model.chosen_mlp == "quack":
+            module.freeze(dtype or torch.float32)
+    return dtype
 
 
 def divide_weight_gradients(model: LightningDiT, batch: int, dtype: torch.dtype, device: torch.device) -> None:
