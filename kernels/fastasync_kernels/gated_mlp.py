@@ -109,7 +109,11 @@ class _Mlp(torch.autograd.Function):
         packed, h = _gated_op(rows, turned, by_turns(b12, x.dtype), keep)
         ctx.save_for_backward(rows, turned, last, packed)
         ctx.parts, ctx.dtypes = parts, tuple(part.dtype for part in (w12, b12, w3, b3))
-        return F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+        y = F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+        if not torch.compiler.is_compiling():
+            # who recomputes selectively keeps both results of the product, and the backward pass reads packed alone
+            h.untyped_storage().resize_(0)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,7 @@
 """The network with its MLPs by quack-kernels, of which a stand-in computes the products here."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -251,6 +252,33 @@ def test_it_keeps_one_hidden_width_less(quack, build, batch):
     plane = 16 * 64 * 88 * 2
     assert estimates["plain"] - estimates["quack"] == plane
     assert kept["plain"] - kept["quack"] >= plane
+
+
+def living_bytes():
+    """Of all tensors that Python knows, each storage once."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_recomputed_selectively_it_keeps_no_hidden_width_more(quack, build, batch):
+    """Selective recomputation holds its tensors itself, so that autograd's hooks do not see them."""
+    model = build(1, grid=8, depth=1, width=32, mlp_multiple=8, patch=1)
+    model.set_recompute("selective")
+    inputs, kept, estimates = batch(model, 16), {}, {}
+    for mlp in ("plain", "quack"):
+        model._ops = select_ops("reference", torch.device("cpu"), "sdpa", mlp)
+        before = living_bytes()
+        with torch.autocast("cpu", HALF):
+            v = model(*inputs)
+        kept[mlp], estimates[mlp] = living_bytes() - before, activation_memory(model, 16, "bf16", "selective")
+        v.square().mean().backward()
+        model.zero_grad()
+        del v
+    plane = 16 * 64 * 88 * 2
+    assert estimates["plain"] - estimates["quack"] == plane  # of the block that is recomputed just then
+    assert kept["plain"] > 2 * plane
+    assert abs(kept["quack"] - kept["plain"]) < 0.5 * plane
 
 
 def test_what_is_chosen(build, monkeypatch):
