@@ -191,7 +191,7 @@ def check(variants: Mapping[str, Callable[..., Any]], inputs: Sequence[Any]) -> 
         if len(results) != len(truth):
             raise WrongResult(f"{name}: {len(results)} results, {reference} has {len(truth)}")
         errors[name] = []
-        for index, (result, exact) in enumerate(zip(results, truth)):
+        for index, (result, exact) in enumerate(zip(results, map(Tensor.double, truth))):
             size = float(exact.norm())
             error = float((result.detach().double() - exact).norm()) / max(size, 1e-30)
             floor = torch.finfo(result.dtype).eps if result.is_floating_point() else 0.0

@@ -42,8 +42,7 @@ from fastasync.training.build import (
     choose_autocast,
     choose_device,
     choose_ops,
-    round_linears,
-    use_fp8,
+    prepare_sampling,
 )
 from fastasync.training.deepspeed_json import leaves_reduction_to_us
 from fastasync.training.loop import check_data
@@ -227,13 +226,10 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
 
     ``statistics``: fingerprint of the latents' statistics, which a weak run must share.
     """
-    sample, dtype = config.sample, choose_autocast(config.sampling_precision, device)
+    sample = config.sample
 
     def autocast(network: Any) -> Any:
-        if config.sampling_precision == "fp8":
-            use_fp8(network, device, frozen=True)
-        if dtype is not None:
-            round_linears(network, dtype)
+        dtype = prepare_sampling(network, sample.batch, config.sampling_precision, device)
 
         def call(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
@@ -289,9 +285,6 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
         what = f"statistics {inputs.statistics_fingerprint[:12]}, the checkpoint has {loaded.info.statistics[:12]}"
         raise UserError(str(run.prepared), what, "bring back the latents that it was trained on, or use another --out")
     dtype = choose_autocast(config.sampling_precision, device)
-    model.choose_attention(sample.batch, dtype or torch.float32, gradient=False)
-    if config.sampling_precision != "fp8":
-        model.choose_mlp(sample.batch, dtype or torch.float32, gradient=False)
     velocity, guidance = _velocity(config, model, device, inputs.statistics_fingerprint)
     ops = choose_ops(config.model.kernels, device)
     classes = sample.classes or tuple(range(config.model.classes))

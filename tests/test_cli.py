@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastasync.cli import main
+from fastasync.model import LightningDiT
 
 TINY = [
     "representations.encoder_steps=15", "representations.semvae_steps=10", "schedule.baselines=synchronous",
@@ -107,14 +108,26 @@ def test_an_interrupted_probe_of_another_length_is_named_and_kept(tmp_path, caps
     assert (out / "checkpoints" / "step_00000020").is_dir()
 
 
-def test_guided_sampling_and_class_lists(run, tmp_path):
+def test_guided_sampling_and_class_lists(run, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
+    chosen, choose_attention, choose_mlp = [], LightningDiT.choose_attention, LightningDiT.choose_mlp
+    for name, choose in (("choose_attention", choose_attention), ("choose_mlp", choose_mlp)):
+
+        def noted(model, *arguments, name=name, choose=choose, **options):
+            chosen.append((name, arguments, options))
+            return choose(model, *arguments, **options)
+
+        monkeypatch.setattr(LightningDiT, name, noted)
     shutil.copytree(run, copy)
     weak = f"sample.weak_checkpoint={run}"
     for settings in (["sample.guidance=cfg", "sample.classes=3,4"], ["sample.guidance=autoguidance", weak]):
         shutil.rmtree(copy / "samples")
         options = [part for setting in (*settings, "sample.steps=2") for part in ("--set", setting)]
+        chosen.clear()
         assert main(["sample", "--out", str(copy), *options]) == 0
+        networks = 2 if weak in settings else 1  # the weak one chooses as the main one does
+        assert chosen[:2] * networks == chosen
+        assert [name for name, *_ in chosen[:2]] == ["choose_attention", "choose_mlp"]
         file = next(copy.glob("samples/*/samples.npz"))
         guidance = json.loads((file.parent / "protocol.json").read_text())["guidance"]
         by = " by run step_00000012 " if weak in settings else ""

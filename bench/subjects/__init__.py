@@ -17,6 +17,7 @@ SUBJECTS = (
     "sampling",
     "probe",
     "fp8",
+    "fp8_casts",
     "data",
     "encode",
 )

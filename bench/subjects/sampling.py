@@ -11,7 +11,7 @@ from bench.subjects.common import CHANNELS, Random, short, variants
 from bench.workload import backends, configuration, latents
 from fastasync.errors import UserError
 from fastasync.model import forward_flops
-from fastasync.training.build import build_model, choose_autocast, round_linears, use_fp8
+from fastasync.training.build import build_model, choose_autocast, prepare_sampling
 from fastasync.training.engine import compile_in_place
 
 
@@ -44,16 +44,14 @@ def run(bench: Bench) -> None:
             break
         config = configuration(size, batch, name)
         torch.manual_seed(0)
-        dtype = choose_autocast(config.train.precision, bench.device)
+        precision = config.train.precision
         try:
             model = build_model(config).to(bench.device).eval().requires_grad_(False)
-            if config.train.precision == "fp8":
-                use_fp8(model, bench.device, frozen=True)
-            if dtype is not None and name.startswith("ours"):
-                round_linears(model, dtype)
-            model.choose_attention(batch, dtype or torch.float32, gradient=False)
-            if config.train.precision != "fp8":
-                model.choose_mlp(batch, dtype or torch.float32, gradient=False)
+            if name.startswith("ours"):
+                dtype = prepare_sampling(model, batch, precision, bench.device)
+            else:
+                dtype = choose_autocast(precision, bench.device)
+                model.choose_attention(batch, dtype or torch.float32, gradient=False)
             compile_in_place(model, config.train.compile)
             z, y, _ = latents(config, bench.device, 1)[0]
             tau = torch.full((batch, 2), 0.5, device=bench.device)

@@ -211,7 +211,12 @@ def hidden_width(width: int, multiple: int = 1) -> int:
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width], and its hint or None."""
+    """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width], and its hint or None.
+
+    ``frozen``: its parameters as quack's products take them, see ``freeze``.
+    """
+
+    frozen: gated_mlp.FrozenMlp | None = None
 
     def __init__(self, width: int, multiple: int = 1):
         super().__init__()
@@ -222,12 +227,31 @@ class SwiGLU(nn.Module):
     def hinted(self, ops: Ops) -> bool:
         return hinted(self.w12, ops) and hinted(self.w3, ops)
 
+    @property
+    def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """For passes without gradients by quack, in ``dtype``: the parameters, on their device, change no more.
+
+        Where they do all the same, they are read again, except in what torch.compile has compiled.
+        """
+        self.frozen = gated_mlp.freeze_mlp(*self.parameters_in_order, dtype)
+
+    def _held(self, h: Tensor) -> gated_mlp.FrozenMlp | None:
+        """The frozen parameters, if they are still the parameters."""
+        frozen = self.frozen
+        if frozen is None or torch.is_grad_enabled() or h.dtype != frozen.w12.dtype:
+            return None
+        return frozen if torch.compiler.is_compiling() or frozen.stands_for(*self.parameters_in_order) else None
+
     def forward(self, h: Tensor, ops: Ops, tops: Any = None) -> tuple[Tensor, Tensor | None]:
+        weights = self.parameters_in_order
         if self.hinted(ops):
-            weights = self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
             return fp8_mlp_hinted(h, *weights, tops, ADALN_PARTS)
         if ops.mlp == "quack" and self.w12.fp8 is self.w3.fp8 is None and h.dtype == torch.bfloat16:
-            weights = self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
+            if (frozen := self._held(h)) is not None:
+                return gated_mlp.frozen_mlp(h, frozen), None
             parts = (self.w12.parts, self.w3.parts) if torch.is_grad_enabled() else (1, 1)
             return gated_mlp.gated_mlp(h, *weights, parts), None
         packed, bias, _ = project(self.w12, h, ops)

@@ -69,7 +69,8 @@ def check_max_norm(max_norm: float | None) -> float:
 
 def norm_of_nothing(optimizer: Optimizer, combine: Combine | None) -> Tensor:
     """The norm where no parameter has a gradient: ``combine`` is called all the same, as other ranks wait in it."""
-    norm = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
+    devices = [p.device for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.zeros((), device=devices[0] if devices else None)
     return norm if combine is None else combine(norm)
 
 

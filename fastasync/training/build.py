@@ -18,7 +18,7 @@ from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
 from fastasync.model import SIZES, LightningDiT, memory_estimate
-from fastasync.model.dit import BlockLinear, Linear, hidden_width, select_ops
+from fastasync.model.dit import BlockLinear, Linear, SwiGLU, hidden_width, select_ops
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
@@ -123,6 +123,27 @@ def agree_on_backends(model: LightningDiT, batch: int, dtype: torch.dtype, gathe
         take("sdpa", "plain")
     for linear, parts in zip(linears, chosen.parts):
         linear.parts = parts
+
+
+def prepare_sampling(model: LightningDiT, batch: int, precision: str, device: torch.device) -> torch.dtype | None:
+    """Make a network on ``device`` ready to be sampled from, ``batch`` samples at a time; returns its autocast dtype.
+
+    Fixes the backends of attention and MLP for passes without gradients, and brings the weights, which must not change
+    any more, into the form that the products take.  ``precision``: ``auto``, ``bf16``, ``fp32`` or ``fp8``.
+    Raises UserError for what cannot run here.
+    """
+    dtype = choose_autocast(precision, device)
+    model.choose_attention(batch, dtype or torch.float32, gradient=False)
+    if precision == "fp8":
+        use_fp8(model, device, frozen=True)
+    else:
+        model.choose_mlp(batch, dtype or torch.float32, gradient=False)
+    if dtype is not None:
+        round_linears(model, dtype)
+    for module in model.modules():
+        if isinstance(module, SwiGLU) and model.chosen_mlp == "quack":
+            module.freeze(dtype or torch.float32)
+    return dtype
 
 
 def divide_weight_gradients(model: LightningDiT, batch: int, dtype: torch.dtype, device: torch.device) -> None:

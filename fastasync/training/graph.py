@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from fastasync_kernels._timing import out_of_memory
 from torch import Tensor
 
 from fastasync.errors import UserError
@@ -77,11 +78,6 @@ def measured_memory(device: torch.device) -> Memory:
     return Memory(torch.cuda.max_memory_allocated(device) - stays, torch.cuda.mem_get_info(device)[0] + reserve)
 
 
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether it is, or came from, the device's memory running out."""
-    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _out_of_memory(error.__context__))
-
-
 class GraphedStep:
     """Calls ``function(step, parts)``: as it is for the first steps, which are real ones, then from a recording.
 
@@ -137,7 +133,7 @@ class GraphedStep:
         try:
             return self._record(lambda: self._function(self._step, self._parts))
         except RuntimeError as error:
-            if not _out_of_memory(error):
+            if out_of_memory(error) is None:
                 raise
         # outside of the handler: there the error keeps what it has passed through alive
         self._parts = []

@@ -8,7 +8,7 @@ The two products beside the activation compute it in their epilogues, by quack-k
 
 quack wants gate and up by turns, the network's w12 has them as halves: it is put into the other order while it is
 rounded, and its gradient into the first again, a copy of the weight each way (and none where torch.compile fuses it
-with the conversion).
+with the conversion).  Weights that change no more are put into it once (``freeze_mlp``).
 
 ``resolve_mlp`` chooses between this (``quack``) and separate operations (``plain``), as ``attention.resolve_backend``
 does: outside of torch.compile, before the model is compiled.
@@ -109,7 +109,11 @@ class _Mlp(torch.autograd.Function):
         packed, h = _gated_op(rows, turned, by_turns(b12, x.dtype), keep)
         ctx.save_for_backward(rows, turned, last, packed)
         ctx.parts, ctx.dtypes = parts, tuple(part.dtype for part in (w12, b12, w3, b3))
-        return F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+        y = F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+        if not torch.compiler.is_compiling():
+            # who recomputes selectively keeps both results of the product, and the backward pass reads packed alone
+            h.untyped_storage().resize_(0)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,6 +150,39 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
         raise ValueError(f"parts {parts} must divide the {count} rows of x")
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, w12, b12, w3, b3))
     return _Mlp.apply(x, w12, b12, w3, b3, parts, keep)
+
+
+class FrozenMlp(NamedTuple):
+    """An MLP whose weights change no more, in one dtype: w12 [2 F, K] and b12 by turns, w3 [N, F] and b3.
+
+    ``sources``: what it was made of (they share memory and the count of changes with the parameters), and ``counts``.
+    """
+
+    w12: Tensor
+    b12: Tensor
+    w3: Tensor
+    b3: Tensor
+    sources: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+
+    def stands_for(self, *parameters: Tensor) -> bool:
+        """Whether it still holds what w12, b12, w3 and b3 hold; writes that autograd does not count are not seen."""
+        now = zip(parameters, self.sources, self.counts)
+        return all(p.data_ptr() == source.data_ptr() and p._version == count for p, source, count in now)
+
+
+@torch.no_grad()
+def freeze_mlp(w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype) -> FrozenMlp:
+    """The parameters of ``gated_mlp`` in the order and the dtype that its products take, once for many calls."""
+    sources = tuple(part.detach() for part in (w12, b12, w3, b3))
+    turned = by_turns(w12, dtype), by_turns(b12, dtype)
+    return FrozenMlp(*turned, w3.detach().to(dtype), b3.detach().to(dtype), sources, tuple(p._version for p in sources))
+
+
+def frozen_mlp(x: Tensor, frozen: FrozenMlp) -> Tensor:
+    """``gated_mlp`` without gradients: x [..., K] in the dtype of ``frozen`` -> [..., N]."""
+    _, h = _gated_op(x.flatten(0, -2).contiguous(), frozen.w12, frozen.b12, False)
+    return F.linear(h, frozen.w3, frozen.b3).unflatten(0, x.shape[:-1])
 
 
 Mlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

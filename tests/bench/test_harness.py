@@ -23,7 +23,7 @@ from bench.harness import (
     summarize,
     with_backward,
 )
-from bench.subjects import SUBJECTS, common, step
+from bench.subjects import SUBJECTS, common, fp8_casts, step
 from bench.workload import configuration
 from fastasync.config import differences
 
@@ -161,8 +161,8 @@ def test_subject_runs_on_a_cpu(bench, subject):
         }
 
 
-@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp"])
-def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
+@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp", "fp8_casts"])
+def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_rounding):
     """The Triton variants, in the interpreter: what a GPU will time is compared with the reference in the same way."""
     module = importlib.import_module(f"bench.subjects.{subject}")
     triton = fastasync_kernels.select("triton", "cpu")
@@ -175,6 +175,20 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch):
     module.run(bench)
     assert checked
     assert all("triton" in errors for errors in checked)
+
+
+def test_one_wrong_number_in_fp8_is_seen(fp8_rounding):
+    case = fp8_casts.cases(64, 128)[3]
+    x = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    fp8_casts.check_bits(case, x)
+
+    def wrong(*inputs):
+        values, scale = case.plain(*inputs)
+        values.view(torch.uint8)[3, 5] ^= 1
+        return values, scale
+
+    with pytest.raises(WrongResult, match="columns, 64 columns: 1 numbers"):
+        fp8_casts.check_bits(case._replace(ours=wrong), x)
 
 
 def test_plans_of_a_step_by_size_and_variants():

@@ -1,21 +1,11 @@
 """How the kernels' results are judged."""
 
 import pytest
-import torch
-from triton.runtime import interpreter
 
 
 @pytest.fixture(autouse=True)
-def rounding(monkeypatch):
-    """Triton's interpreter loses the carry where rounding to e4m3 reaches the next power of two: torch rounds."""
-    convert = interpreter._convert_float
-
-    def exact(values, source, target, mode):
-        if target.name != "fp8e4nv":
-            return convert(values, source, target, mode)
-        return torch.from_numpy(values.astype("float32")).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", exact)
+def rounding(fp8_rounding):
+    """For every kernel."""
 
 
 @pytest.fixture(scope="session")

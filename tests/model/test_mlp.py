@@ -1,6 +1,7 @@
 """The network with its MLPs by quack-kernels, of which a stand-in computes the products here."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from fastasync_kernels import gated_mlp, reference
 from fastasync.errors import UserError
 from fastasync.model import activation_memory
 from fastasync.model.dit import select_ops
+from fastasync.training import build as build_module
 from fastasync.training.build import use_fp8
 from tests.kernels import quack_kit
 
@@ -127,6 +129,63 @@ def test_without_gradients(quack, model, batch):
         assert torch.equal(model(*inputs).detach(), found)
 
 
+def frozen(model):
+    for block in model.blocks:
+        block.mlp.freeze(HALF)
+    return model
+
+
+def sampled(model, inputs):
+    with torch.no_grad(), torch.autocast("cpu", HALF):
+        return model(*inputs)
+
+
+def test_frozen_weights_are_turned_once(quack, model, batch, monkeypatch):
+    inputs = batch(model)
+    expected, gradients = sampled(model, inputs), outputs(model, model, inputs)
+    frozen(model)
+    turned, by_turns = [], gated_mlp.by_turns
+    monkeypatch.setattr(gated_mlp, "by_turns", lambda *a: turned.append(1) or by_turns(*a))
+    for _ in range(2):
+        assert torch.equal(sampled(model, inputs), expected)
+    assert not turned
+    assert all(torch.equal(value, gradients[name]) for name, value in outputs(model, model, inputs).items())
+    assert turned  # with gradients it is the parameters that are read
+
+
+@pytest.mark.parametrize("name", ["w12.weight", "w12.bias", "w3.weight", "w3.bias"])
+@pytest.mark.parametrize("how", ["in place", "another tensor"])
+def test_frozen_weights_that_change_are_read_again(quack, model, batch, name, how):
+    inputs = batch(model)
+    frozen(model)
+    before = sampled(model, inputs)
+    parameter = model.blocks[1].mlp.get_parameter(name)
+    if how == "in place":
+        with torch.no_grad():
+            parameter.mul_(-2)
+    else:
+        parameter.data = -2 * parameter.data
+    after = sampled(model, inputs)
+    assert not torch.equal(after, before)
+    thawed = copy.deepcopy(model)
+    for block in thawed.blocks:
+        block.mlp.frozen = None
+    assert torch.equal(after, sampled(thawed, inputs))
+    assert torch.equal(after, sampled(frozen(model), inputs))
+
+
+def test_frozen_and_compiled(quack, model, batch):
+    inputs = batch(model)
+    expected = sampled(model, inputs)
+    for block in frozen(model).blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(sampled(model, inputs), expected)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def kept_bytes(model, inputs):
     """Bytes that autograd keeps for the backward pass, each storage once."""
     kept = {}
@@ -139,6 +198,30 @@ def kept_bytes(model, inputs):
         out = model(*inputs)
     del out
     return sum(kept.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_quack_itself_with_frozen_weights(build, batch, compiled):
+    """As in sampling: the same results, bit for bit."""
+    torch._dynamo.reset()
+    model = perturbed(build, grid=8, width=64, kernels="triton", mlp="quack").cuda()
+    if reason := gated_mlp.refusal("cuda", HALF, gated_mlp.Shape(64, 64, 176, 64)):
+        pytest.skip(f"quack {reason}")
+    mlp, ops = model.blocks[0].mlp, model._ops._replace(mlp="quack")
+    h = torch.randn(4, 64, 64, device="cuda", dtype=HALF)
+    run = torch.compile(mlp, fullgraph=True) if compiled else mlp
+    with torch.no_grad(), torch.autocast("cuda", HALF):
+        expected, _ = run(h, ops)
+        build_module.prepare_sampling(model, 4, "bf16", torch.device("cuda"))
+        assert model.chosen_mlp == "quack"
+        assert mlp.frozen is not None
+        assert torch.equal(run(h, model._ops)[0], expected)
+        inputs = [part.cuda() for part in batch(model, 4)]
+        v = model(*inputs)
+        for block in model.blocks:
+            block.mlp.frozen = None
+        assert torch.equal(model(*inputs), v)
 
 
 @pytest.mark.gpu
@@ -169,6 +252,33 @@ def test_it_keeps_one_hidden_width_less(quack, build, batch):
     plane = 16 * 64 * 88 * 2
     assert estimates["plain"] - estimates["quack"] == plane
     assert kept["plain"] - kept["quack"] >= plane
+
+
+def living_bytes():
+    """Of all tensors that Python knows, each storage once."""
+    gc.collect()
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_recomputed_selectively_it_keeps_no_hidden_width_more(quack, build, batch):
+    """Selective recomputation holds its tensors itself, so that autograd's hooks do not see them."""
+    model = build(1, grid=8, depth=1, width=32, mlp_multiple=8, patch=1)
+    model.set_recompute("selective")
+    inputs, kept, estimates = batch(model, 16), {}, {}
+    for mlp in ("plain", "quack"):
+        model._ops = select_ops("reference", torch.device("cpu"), "sdpa", mlp)
+        before = living_bytes()
+        with torch.autocast("cpu", HALF):
+            v = model(*inputs)
+        kept[mlp], estimates[mlp] = living_bytes() - before, activation_memory(model, 16, "bf16", "selective")
+        v.square().mean().backward()
+        model.zero_grad()
+        del v
+    plane = 16 * 64 * 88 * 2
+    assert estimates["plain"] - estimates["quack"] == plane  # of the block that is recomputed just then
+    assert kept["plain"] > 2 * plane
+    assert abs(kept["quack"] - kept["plain"]) < 0.5 * plane
 
 
 def test_what_is_chosen(build, monkeypatch):

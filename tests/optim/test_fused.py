@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastasync.errors import UserError
-from fastasync.optim import FusedAdamW, library
+from fastasync.optim import FusedAdamW, build_optimizer, library
 
 SHAPES = [(), (0,), (1,), (3, 5), (16384,), (16385,), (7, 2341), (5000, 1), (2, 3, 4, 5), (33000,)]
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "ema_decay": 0.95}
@@ -161,6 +161,19 @@ def test_no_gradient_at_all(place):
     assert float(optimizer.clip_and_step(1.0)) == 0
     optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("impl", ["fused", "torch"])
+def test_no_gradient_and_an_empty_group(place, impl):
+    """As a rank's shard may be; the others wait in ``combine``, for a number on the parameters' device."""
+    device, native = place
+    groups = [{"params": []}, {"params": parameters(draw([(3,)], seed=5), device)}]
+    optimizer = FusedAdamW(groups, native=native) if impl == "fused" else build_optimizer(groups, impl)
+    seen = []
+    total = optimizer.clip_and_step(1.0, combine=lambda norm: seen.append(norm) or norm + 7)
+    assert (float(total), [(float(norm), norm.device.type) for norm in seen]) == (7, [(0, device)])
+    nothing = build_optimizer([{"params": []}, {"params": []}], impl)
+    assert float(nothing.clip_and_step(1.0)) == 0
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
