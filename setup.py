@@ -1,7 +1,8 @@
-"""Packages fastasync and fastasync_kernels, and builds the compiled AdamW (csrc/) with the compilers that are there.
+"""Packages fastasync and fastasync_kernels, and builds the libraries of csrc/ (AdamW, a reader of files) with the
+compilers that are there.
 
-The CPU library needs g++ (or $CXX), the CUDA one nvcc; whatever is missing is left out with one line (pip -v shows
-it), and the package runs the same step in PyTorch.  FASTASYNC_BUILD_CUDA=0 leaves the CUDA library out, =1 makes its
+The CPU libraries need g++ (or $CXX), the CUDA one nvcc; whatever is missing is left out with one line (pip -v shows
+it), and PyTorch or Python does the same.  FASTASYNC_BUILD_CUDA=0 leaves the CUDA library out, =1 makes its
 absence an error.  nvcc's own variable NVCC_APPEND_FLAGS adds flags.  Nothing here imports torch.
 """
 
@@ -47,34 +48,36 @@ class BuildLibraries(build_ext):
         if wanted == "1" and nvcc is None:
             raise SystemExit("FASTASYNC_BUILD_CUDA=1, but there is no nvcc: put it on the PATH or set CUDA_HOME")
         reason = "FASTASYNC_BUILD_CUDA=0" if wanted == "0" else "no nvcc"
-        built = [
-            self.compile(
-                "cpu", [*compiler.split(), *CXX_FLAGS] if compiler else None, "fused_adamw.cpp", "no C++ compiler"
-            ),
-            self.compile("cuda", [nvcc, *NVCC_FLAGS] if nvcc else None, "fused_adamw.cu", reason),
-        ]
+        cxx = [*compiler.split(), *CXX_FLAGS] if compiler else None
+        cuda = [nvcc, *NVCC_FLAGS] if nvcc else None
+        plans = (
+            ("compiled AdamW for cpu", cxx, "no C++ compiler", "PyTorch runs the step"),
+            ("compiled AdamW for cuda", cuda, reason, "PyTorch runs the step"),
+            ("compiled reader of files", cxx, "no C++ compiler", "Python reads"),
+        )
+        built = [self.compile(extension, *plan) for extension, plan in zip(self.extensions, plans)]
         if wanted == "1" and not built[1]:
             raise SystemExit("FASTASYNC_BUILD_CUDA=1, but nvcc failed (see above)")
         self.extensions = [extension for extension, done in zip(self.extensions, built) if done]
         if self.inplace:  # also what an editable install uses
             self.copy_extensions_to_source()
 
-    def compile(self, device: str, command: list[str] | None, source: str, absent: str) -> bool:
+    def compile(self, extension: Extension, what: str, command: list[str] | None, absent: str, instead: str) -> bool:
         """Build one library.  False, with one line that says why, if it cannot be."""
-        name = Path("fastasync", "optim", f"_adamw_{device}.so")
+        name = Path(self.get_ext_filename(extension.name))
         target = (self.build_lib / name).absolute()
         for old in (target, ROOT / name) if self.inplace else (target,):
             old.unlink(missing_ok=True)  # a library of other sources must not survive
         if command is None:
-            print(f"fastasync: compiled AdamW for {device} left out ({absent}); PyTorch runs the step instead")
+            print(f"fastasync: {what} left out ({absent}); {instead} instead")
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         result = subprocess.run(
-            [*command, "-o", str(target), str(ROOT / "csrc" / source)], capture_output=True, text=True
+            [*command, "-o", str(target), str(ROOT / extension.sources[0])], capture_output=True, text=True
         )
         if result.returncode != 0:
             error = next(iter((result.stderr or result.stdout).strip().splitlines()), "no message")
-            print(f"fastasync: compiled AdamW for {device} left out ({command[0]} failed: {error})")
+            print(f"fastasync: {what} left out ({command[0]} failed: {error}); {instead} instead")
             return False
         print(f"fastasync: built {target.name}")
         return True
@@ -96,6 +99,7 @@ setup(
     ext_modules=[
         Extension("fastasync.optim._adamw_cpu", ["csrc/fused_adamw.cpp"], depends=["csrc/adamw.h"]),
         Extension("fastasync.optim._adamw_cuda", ["csrc/fused_adamw.cu"], depends=["csrc/adamw.h"]),
+        Extension("fastasync.images._read_files", ["csrc/read_files.cpp"]),
     ],
     cmdclass={"build_ext": BuildLibraries},
     entry_points={"console_scripts": ["fastasync = fastasync.cli:main"]},

@@ -143,10 +143,10 @@ def loader(form: Form) -> Callable[[ImageSource, Setting, torch.device], Iterato
 
 
 def files(source: ImageSource, setting: Setting, device: torch.device) -> Iterator[Any]:
-    """Read and their headers parsed, by the loader's threads."""
+    """Read and their headers parsed, as the loader does it."""
     work = DaliLoader(source, SIZE, (), setting.batch)._files
     batches = itertools.cycle(torch.arange(len(source)).split(setting.batch))
-    for _, found in read_ahead(batches, work, setting.threads):
+    for _, found in read_ahead(batches, work, 1):
         yield found
 
 

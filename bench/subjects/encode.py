@@ -25,6 +25,7 @@ from fastasync.data.shards import Encoding, write_shard
 from fastasync.encode import encode
 from fastasync.errors import UserError
 from fastasync.images import ImageSource, open_images, open_source
+from fastasync.images.dali_loader import READING_THREADS
 from fastasync.images.loader import read_ahead
 from fastasync.representations import Bundle, build
 from fastasync.representations.autoencoder import ldm_state
@@ -126,7 +127,8 @@ def reading(bench: Bench, source: ImageSource, size: int, batch: int) -> Tensor:
         return first
 
     order = torch.arange(count).split(batch)
-    timed(read_ahead(order, lambda indices: [source.read(i) for i in indices], loader.workers), "files", threads)
+    readers = min(loader.workers, READING_THREADS)
+    timed(read_ahead(order, lambda indices: source.read_many(indices, readers), 1), "files", f"{readers} threads")
     return timed(loader, "decode and crop", f"{loader.backend}, {threads}").images
 
 

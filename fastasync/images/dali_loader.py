@@ -8,15 +8,13 @@ decoder the same libjpeg-turbo on the CPU and nvJPEG on the GPU.
 nvJPEG has two ways to bring subsampled chroma to full size: repeating it, and interpolating it as libjpeg-turbo does,
 which is as fast and nearer to Pillow (bench/NOTES.md).
 
-Reading files and their headers is Python, one thread at a time: with many threads that have nothing to wait for, they
-and the pipeline wait for each other.  So as many read as some files show to be waiting for the disk.
+Files are read by a compiled reader, many in one call (fastasync/images/read.py): what is left to Python is to look at
+their headers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,14 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastasync.errors import UserError, require
+from fastasync.errors import require
 from fastasync.images.loader import ImageBatch, ImageLoader, read_ahead
 from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
 GPU_THREADS = 16  # of DALI beside a GPU, at most: 64 were slower (bench/NOTES.md)
-PROBED = 32  # files that are read to see how fast the disk is
-BUSY = 2e-4  # seconds for one of them by a thread that waits for nothing
+READING_THREADS = 16  # of the compiled reader, at most
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
 
 
@@ -196,7 +193,7 @@ class DaliLoader(ImageLoader):
         first = next(batches, None)
         if first is None:
             return
-        ahead = read_ahead(itertools.chain([first], batches), self._files, self.readers())
+        ahead = read_ahead(itertools.chain([first], batches), self._files, 1)
         pending: deque[tuple[Tensor, Feed]] = deque()  # keeps alive what DALI reads without copying
 
         def feeds() -> Iterator[Feed]:
@@ -221,20 +218,11 @@ class DaliLoader(ImageLoader):
         finally:
             ahead.close()
 
-    def readers(self) -> int:
-        """Threads that read: one, or as many as reading some files, spread over all of them, keeps waiting."""
-        few = torch.linspace(0, len(self.source) - 1, min(PROBED, len(self.source))).long().tolist()
-        start = time.perf_counter()
-        for index in few:
-            with contextlib.suppress(OSError, UserError):  # if it is asked for, the batch it belongs to says so
-                self.source.read(index)
-        return min(self.workers, max(1, round((time.perf_counter() - start) / (BUSY * max(1, len(few))))))
-
     def _files(self, indices: list[int]) -> list[Encoded]:
         files = []
-        for index in indices:
+        for index, read in zip(indices, self.source.read_many(indices, min(self.workers, READING_THREADS))):
             try:
-                data, width, height = as_plain(self.source.read(index))
+                data, width, height = as_plain(read)
             except BadImage as error:
                 raise self._bad_file(index, str(error)) from None
             files.append(Encoded(np.frombuffer(data, np.uint8), width, height))

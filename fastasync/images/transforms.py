@@ -14,7 +14,7 @@ class BadImage(Exception):
     """The bytes cannot be decoded; the text says why, in a few words."""
 
 
-def open_image(data: bytes) -> ImageFile.ImageFile:
+def open_image(data: bytes | memoryview) -> ImageFile.ImageFile:
     """The image with its header parsed, and its pixels not decoded yet.  Raises BadImage."""
     if not data:
         raise BadImage("zero bytes")
@@ -54,7 +54,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes | memoryview) -> Image.Image:
     """The bytes of an image file -> RGB image by ``to_rgb``'s rules.  Raises BadImage."""
     return to_rgb(load_pixels(open_image(data)))
 
@@ -83,13 +83,13 @@ def horizontal_flip(images: Tensor) -> Tensor:
     return images.flip(-1)
 
 
-def plain_size(data: bytes) -> tuple[int, int] | None:
+def plain_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(width, height) of a whole 8-bit grey or YCbCr JPEG, which every decoder turns into the same colours; else None.
 
     None for CMYK, RGB, lossless and arithmetic-coded JPEGs, other formats, files that do not end with the end-of-image
     marker (a few bytes of padding allowed), and headers that leave the size open.
     """
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data[-64:]:
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in bytes(data[-64:]):
         return None
     at, is_rgb = 2, False
     while at + 10 < len(data) and data[at] == 0xFF:
@@ -110,7 +110,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def as_plain(data: bytes) -> tuple[bytes, int, int]:
+def as_plain(data: bytes | memoryview) -> tuple[bytes | memoryview, int, int]:
     """(bytes, width, height): the same bytes if ``plain_size`` knows them, else an uncompressed PPM file.
 
     The PPM is the image in RGB by ``to_rgb``'s rules: what a foreign decoder is fed with, so that it follows our rules.

@@ -1,14 +1,12 @@
 """The DALI loader against the Pillow one, on the CPU."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastasync.errors import UserError
-from fastasync.images import dali_loader, open_images, open_source, transforms
+from fastasync.images import open_images, open_source, transforms
 from fastasync.images.dali_loader import Encoded, feed_of
 
 pytest.importorskip("nvidia.dali")
@@ -151,17 +149,6 @@ def test_bad_files_are_named(tree):
     (tree / name).write_bytes(data[: scan + 6] + b"\x33" + data[scan + 7 :])
     with pytest.raises(UserError, match=rf"^{name}: DALI cannot decode it"):
         load(source, 32, "dali")
-
-
-def test_as_many_threads_read_as_the_disk_keeps_waiting(tree, monkeypatch):
-    loader = open_images(open_source(tree), 32, 4, "dali", device="cpu", workers=8)
-    monkeypatch.setattr(dali_loader, "BUSY", 0.05)
-    assert loader.readers() == 1
-    read = type(loader.source).read
-    monkeypatch.setattr(type(loader.source), "read", lambda self, index: (time.sleep(0.2), read(self, index))[1])
-    assert 4 <= loader.readers() <= 6
-    monkeypatch.setattr(dali_loader, "BUSY", 0.01)
-    assert loader.readers() == 8
 
 
 def test_a_loader_can_be_left_and_started_again(tree):
