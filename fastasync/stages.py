@@ -29,7 +29,7 @@ from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_fr
 from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
-from fastasync.model import load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
+from fastasync.model import Zero, load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
 from fastasync.model.importer import check_fits
 from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
@@ -44,7 +44,7 @@ from fastasync.training.build import (
     choose_ops,
     prepare_sampling,
 )
-from fastasync.training.deepspeed_json import leaves_reduction_to_us
+from fastasync.training.deepspeed_json import reduction_fields
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -489,9 +489,9 @@ def summary(config: Config) -> dict[str, Any]:
     if config.train.batch % _PLANNED_GPUS == 0:
         memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
         compiled = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
-        working = compiled and leaves_reduction_to_us(config)  # bf16 weights are trained under ZeRO 1 and 2
+        working = compiled and not reduction_fields(config)  # bf16 weights are trained under ZeRO 1 and 2
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
-            f"ZeRO {stage}": memory_with_zero(memory, stage, _PLANNED_GPUS, working) / 2**30 for stage in range(4)
+            f"ZeRO {stage}": memory_with_zero(memory, Zero(stage, _PLANNED_GPUS, working)) / 2**30 for stage in range(4)
         }
     if config.data.dataset == "latents" and config.model.repa_width:
         facts |= repa_costs(config, per_step)

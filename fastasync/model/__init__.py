@@ -3,7 +3,9 @@
 from fastasync.model.dit import SIZES, LightningDiT, Size
 from fastasync.model.embeddings import short_name
 from fastasync.model.flops import (
+    UNDIVIDED,
     MemoryEstimate,
+    Zero,
     activation_memory,
     forward_flops,
     memory_estimate,
@@ -15,9 +17,11 @@ from fastasync.model.importer import export_state, load_into, load_state
 
 __all__ = [
     "SIZES",
+    "UNDIVIDED",
     "LightningDiT",
     "MemoryEstimate",
     "Size",
+    "Zero",
     "activation_memory",
     "export_state",
     "forward_flops",

@@ -84,14 +84,28 @@ def memory_estimate(
     return MemoryEstimate(4 * count + copy, 4 * count, 8 * count, 4 * count, activations)
 
 
-def memory_with_zero(estimate: MemoryEstimate, stage: int, world: int, working: bool = False) -> int:
-    """Bytes on each of ``world`` devices under ZeRO stage 0 to 3; ``estimate`` is for one device's share of the batch.
+class Zero(NamedTuple):
+    """How a run divides what it holds: ZeRO's ``stage`` (0 to 3) among ``world`` devices.
 
-    Stage 1 shards the optimizer's state (moments, EMA), 2 also the gradients, 3 also the weights.  ``working``: in
-    stages 1 and 2 the bf16 copy is what is trained (``build.use_working_weights``), so that the float32 weights are
-    sharded too, and stage 1's gradients are bf16.  Between the backward pass and the update, when activations are gone,
-    stage 1 holds its gradients in float32 besides.
+    ``working``: in stages 1 and 2 the bf16 copy is what is trained (``build.use_working_weights``).
     """
+
+    stage: int = 0
+    world: int = 1
+    working: bool = False
+
+
+UNDIVIDED = Zero()
+
+
+def memory_with_zero(estimate: MemoryEstimate, zero: Zero) -> int:
+    """Bytes on each device; ``estimate`` is for one device's share of the batch.
+
+    Stage 1 shards the optimizer's state (moments, EMA), 2 also the gradients, 3 also the weights.  Where working
+    weights are trained the float32 weights are sharded too, and stage 1's gradients are bf16.  Between the backward
+    pass and the update, when activations are gone, stage 1 holds its gradients in float32 besides.
+    """
+    stage, world, working = zero
     copy = estimate.weights - estimate.gradients  # bf16; the gradients are as large as the float32 weights
     if working and copy and stage in (1, 2):
         sharded = estimate.gradients + estimate.optimizer + estimate.ema

@@ -17,7 +17,7 @@ from fastasync.config import Config
 from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
-from fastasync.model import SIZES, LightningDiT, memory_estimate
+from fastasync.model import SIZES, UNDIVIDED, LightningDiT, Zero, memory_estimate, memory_with_zero
 from fastasync.model.dit import BlockLinear, Linear, SwiGLU, hidden_width, select_ops
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
@@ -52,14 +52,19 @@ Gather = Callable[[Any], list[Any]]
 
 
 def prepare_model(
-    model: LightningDiT, config: Config, device: torch.device, batch: int, gather: Gather = lambda own: [own]
+    model: LightningDiT,
+    config: Config,
+    device: torch.device,
+    batch: int,
+    gather: Gather = lambda own: [own],
+    zero: Zero = UNDIVIDED,
 ) -> LightningDiT:
     """The network ready to be trained on ``device`` in parts of ``batch`` samples; not compiled yet.
 
     Moves it, fixes the backends of attention and MLP, turns the block linears to fp8 where ``train.precision`` asks for
     it or divides their weights' gradients, and chooses what the backward pass recomputes.  Names and shapes of the
     state dict stay as they are.  ``gather``: one value of each rank, in their order (collective): all ranks take the
-    same choices, and what is recomputed where the least memory is free.
+    same choices, and recompute what the one with the least free memory must; ``zero``: how they divide it.
     Raises UserError for what cannot run here.
     """
     train = config.train
@@ -75,7 +80,7 @@ def prepare_model(
             model.choose_mlp(batch, dtype or torch.float32)
     agree_on_backends(model, batch, dtype or torch.float32, gather)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    memory = choose_memory(train.memory, model, batch, "fp32" if train.precision == "fp32" else "bf16", free)
+    memory = choose_memory(train.memory, model, batch, "fp32" if dtype is None else "bf16", free, zero)
     memory = max(gather(memory), key=RECOMPUTE.index)
     model.set_recompute(memory)
     _log.info("attention %s, MLP %s, memory %s", model.chosen_attention, model.chosen_mlp, memory)
@@ -155,10 +160,13 @@ def divide_weight_gradients(model: LightningDiT, batch: int, dtype: torch.dtype,
             module.parts = weight_gradient.choose_parts(rows, outputs, inputs, dtype, device)
 
 
-def choose_memory(memory: str, model: LightningDiT, batch: int, precision: str, free: int | None) -> str:
+def choose_memory(
+    memory: str, model: LightningDiT, batch: int, precision: str, free: int | None, zero: Zero = UNDIVIDED
+) -> str:
     """What the backward pass recomputes: ``memory``, or for "auto" the least that fits into ``free`` bytes.
 
-    ``free``: device memory with the weights already in it, or None where it is not known (the CPU): then nothing.
+    ``free``: device memory with the float32 weights already in it, or None where it is not known (the CPU): then
+    nothing.  ``zero``: how DeepSpeed divides what is held.
     """
     if memory != "auto":
         return memory
@@ -166,7 +174,10 @@ def choose_memory(memory: str, model: LightningDiT, batch: int, precision: str, 
         return "none"
     for what in RECOMPUTE:
         estimate = memory_estimate(model, batch, precision, what)
-        if estimate.total - estimate.weights <= USABLE * free:
+        # one process: the bf16 copy's gradients are bf16 too, which makes up for it; float32 weights are as large as
+        # their gradients
+        held = estimate.gradients if zero.stage else estimate.weights
+        if memory_with_zero(estimate, zero) - held <= USABLE * free:
             return what
     return RECOMPUTE[-1]
 
@@ -233,18 +244,25 @@ def _casts_fault(device: torch.device) -> str:
     return casts_disagreement(device)
 
 
+def trains_working_weights(config: Config, device: torch.device) -> bool:
+    """Whether bf16 weights are trained: under autocast, where the compiled AdamW updates them.
+
+    It writes the bf16 weights in its one pass over the float32 ones.  Not where gradients of several parts are summed,
+    for which bf16 is too coarse.
+    """
+    train = config.train
+    compiled = train.optimizer in ("auto", "fused") and library.load(device.type) is not None
+    return choose_autocast(train.precision, device) is not None and compiled and train.accumulate == 1
+
+
 def use_working_weights(model: LightningDiT, config: Config, device: torch.device) -> list[torch.Tensor] | None:
     """Keep in bf16 what autocast would cast to bf16 in every step; returns all float32 weights, for the optimizer.
 
-    Only where the compiled AdamW updates them, which writes the bf16 weights in its one pass over the float32 ones: the
-    same numbers without the casts, of the weights and back of their gradients (fp8 rounds weights twice then).  Changes
-    nothing and returns None elsewhere: without autocast, and where gradients of several parts are summed, for which
-    bf16 is too coarse.
+    The same numbers without the casts, of the weights and back of their gradients (fp8 rounds weights twice then).
+    Changes nothing and returns None where `trains_working_weights` does not hold.
     """
-    train = config.train
-    dtype = choose_autocast(train.precision, device)
-    compiled = train.optimizer in ("auto", "fused") and library.load(device.type) is not None
-    if dtype is None or not compiled or train.accumulate > 1:
+    dtype = choose_autocast(config.train.precision, device)
+    if dtype is None or not trains_working_weights(config, device):
         return None
     masters = [p.detach() for p in model.parameters()]
     round_linears(model, dtype, training=True)

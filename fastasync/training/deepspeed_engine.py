@@ -42,7 +42,7 @@ from fastasync.model import LightningDiT
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
-from fastasync.training.deepspeed_json import deepspeed_json, leaves_reduction_to_us
+from fastasync.training.deepspeed_json import deepspeed_json, reduction_fields, zero_of
 from fastasync.training.deepspeed_shards import Shards, whole_packs
 from fastasync.training.engine import (
     OPTIMIZER,
@@ -56,6 +56,7 @@ from fastasync.training.graph import Part
 
 T = TypeVar("T")
 OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
+_log = logging.getLogger(__name__)
 _STATE = ("exp_avg", "exp_avg_sq", "ema")
 
 
@@ -95,12 +96,15 @@ class DeepSpeedEngine:
         self._train, self.stage = train, train.zero
 
         part = train.batch // (self.world * train.accumulate)
-        self.model = prepare_model(model, config, device, part, self._gather).train()
+        self.model = prepare_model(
+            model, config, device, part, self._gather, zero_of(config, device, self.world)
+        ).train()
         settings = deepspeed_json(config, self.world)
-        zero = settings["zero_optimization"]
-        offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        self._clips = self.stage < 3 and not offloaded
-        self._reduces = self._clips and self.stage > 0 and leaves_reduction_to_us(config)
+        theirs = reduction_fields(config) if self.stage in (1, 2) else []
+        self._clips = self.stage < 3
+        self._reduces = self.stage in (1, 2) and not theirs
+        if theirs and self.is_main:
+            _log.warning("DeepSpeed reduces gradients, not we, as train.deepspeed_config sets %s", ", ".join(theirs))
         masters = use_working_weights(self.model, config, device) if self._reduces else None
         trained = [p for p in self.model.parameters() if p.requires_grad]
         # DeepSpeed takes the first group's dtype for that of all gradients
@@ -117,7 +121,7 @@ class DeepSpeedEngine:
         if self._clips:
             settings["gradient_clipping"] = 0.0
         if self._clips and self.stage:
-            zero["compute_grad_norm"] = False
+            settings["zero_optimization"]["compute_grad_norm"] = False
         self._plain_step = self.optimizer.step
         self.optimizer.step = self._update  # type: ignore[method-assign]
         self._updating, self._norm = False, torch.zeros((), device=device)

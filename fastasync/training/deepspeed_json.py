@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastasync.config import Config
 from fastasync.errors import UserError
+from fastasync.model import Zero
+from fastasync.training.build import trains_working_weights
 
 # What DeepSpeed's JSON may not decide, because a field of ours does.  Keys with dots are nested.
 _OURS = {
@@ -41,6 +45,9 @@ _REDUCTION = {
     "zenflow",
 }
 
+# Fields of zero_optimization that keep on the host what our optimizer updates on the device.
+_OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "cpu_offload_params")
+
 
 def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
     """What ``deepspeed.initialize`` receives for ``world`` ranks.
@@ -62,17 +69,25 @@ def deepspeed_json(config: Config, world: int) -> dict[str, Any]:
         "steps_per_print": 2**62,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device before and after every step
     }
-    if train.zero in (1, 2) and leaves_reduction_to_us(config):
+    if train.zero in (1, 2) and not reduction_fields(config):
         ours["zero_optimization"] |= {"contiguous_gradients": False, "overlap_comm": False}  # no buckets of its own
     if train.deepspeed_config:
         _merge(ours, _read(train.deepspeed_config), Path(train.deepspeed_config), "")
     return ours
 
 
-def leaves_reduction_to_us(config: Config) -> bool:
-    """Whether the user's JSON, if there is one, says nothing about how ZeRO 1 and 2 reduce gradients."""
+def reduction_fields(config: Config) -> list[str]:
+    """What the user's JSON, if there is one, says about how ZeRO 1 and 2 reduce gradients; none: it is left to us."""
     theirs = _read(config.train.deepspeed_config) if config.train.deepspeed_config else {}
-    return not _REDUCTION.intersection(theirs) and set(theirs.get("zero_optimization", {})) <= {"stage"}
+    nested = set(theirs.get("zero_optimization", {})) - {"stage", *_OFFLOADS}
+    return sorted(_REDUCTION.intersection(theirs)) + [f"zero_optimization.{name}" for name in sorted(nested)]
+
+
+def zero_of(config: Config, device: torch.device, world: int) -> Zero:
+    """How a DeepSpeed run of ``world`` ranks on ``device`` divides its memory."""
+    stage = config.train.zero
+    working = stage in (1, 2) and not reduction_fields(config) and trains_working_weights(config, device)
+    return Zero(stage, world, working)
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -83,9 +98,16 @@ def _read(name: str) -> dict[str, Any]:
         raise UserError("train.deepspeed_config", path, f"cannot be read as JSON ({error})") from None
     if not isinstance(theirs, dict):
         raise UserError("train.deepspeed_config", path, "needs a JSON object")
-    if not isinstance(theirs.get("zero_optimization", {}), dict):
+    zero = theirs.get("zero_optimization", {})
+    if not isinstance(zero, dict):
         raise UserError("train.deepspeed_config", f"{path}: zero_optimization", "needs a JSON object")
-    return theirs
+    for name in _OFFLOADS:
+        value = zero.get(name)
+        if value and value != "none" and not (isinstance(value, dict) and value.get("device", "none") == "none"):
+            given = f"{path} sets zero_optimization.{name} = {json.dumps(value)}"
+            remedy = "our optimizer updates on the device: leave it out; train.zero=3 and train.memory=full need less"
+            raise UserError("train.deepspeed_config", given, remedy)
+    return {**theirs, "zero_optimization": {name: value for name, value in zero.items() if name not in _OFFLOADS}}
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, prefix: str) -> None:

@@ -10,10 +10,11 @@ import torch
 from fastasync.config import Config, Sample
 from fastasync.distributed import session
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, activation_memory, memory_estimate, memory_with_zero
+from fastasync.model import UNDIVIDED, LightningDiT, Zero, activation_memory, memory_estimate, memory_with_zero
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.sampling.generate import ADAPTIVE_GROUP
 from fastasync.training.build import USABLE, build_model, choose_autocast
+from fastasync.training.deepspeed_json import zero_of
 from fastasync.training.engine import choose_engine
 
 
@@ -30,12 +31,12 @@ def explained_training(config: Config, model: LightningDiT, device: torch.device
     except torch.OutOfMemoryError:
         recompute = next((str(block.recompute) for block in model.blocks), "none")
         here = session()
-        stage = config.train.zero if choose_engine(config, here) == "deepspeed" else 0
-        raise training_error(config, usable_memory(device), device, recompute, here.world, stage) from None
+        zero = zero_of(config, device, here.world) if choose_engine(config, here) == "deepspeed" else UNDIVIDED
+        raise training_error(config, usable_memory(device), device, recompute, zero) from None
 
 
 def training_error(
-    config: Config, usable: int, device: torch.device, recompute: str, world: int, stage: int
+    config: Config, usable: int, device: torch.device, recompute: str, zero: Zero = UNDIVIDED
 ) -> UserError:
     """What to say when a part of the batch did not fit: how many images should, and the fields that make it so.
 
@@ -45,15 +46,14 @@ def training_error(
 
     Args:
         recompute: what the backward pass recomputed.
-        world: devices of the run.
-        stage: of ZeRO; 0 for the plain engine.
+        zero: how many devices the run has, and how they divide what it holds.
     """
-    train = config.train
+    train, world = config.train, zero.world
     part = train.batch // (world * train.accumulate)
     with torch.device("meta"):
         model = build_model(config)
     precision = "bf16" if choose_autocast(train.precision, device) else "fp32"
-    fixed = memory_with_zero(memory_estimate(model, 0, precision), stage, world)
+    fixed = memory_with_zero(memory_estimate(model, 0, precision), zero)
     room = max(usable - fixed, 0)
     too_low = max(1.0, room / (part * activation_memory(model, 1, precision, recompute)))
 
@@ -67,7 +67,7 @@ def training_error(
     least = next((what for what in RECOMPUTE[RECOMPUTE.index(recompute) :] if fits(what)), None)
     said = f"out of memory: {part} images at a time do not fit into the {usable / 2**30:.3g} GiB that a device has"
     if least is None:
-        more = "more GPUs with train.zero=3" if stage < 3 else "more GPUs"
+        more = "more GPUs with train.zero=3" if zero.stage < 3 else "more GPUs"
         remedy = f"{said}, of which weights, gradients and optimizer take about {fixed / 2**30:.3g}"
         return UserError("train.batch", train.batch, f"{remedy}: choose a smaller model.size, or {more}")
     largest = fits(least)

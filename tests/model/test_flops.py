@@ -9,6 +9,7 @@ from fastasync.model import (
     SIZES,
     LightningDiT,
     MemoryEstimate,
+    Zero,
     forward_flops,
     memory_estimate,
     memory_with_zero,
@@ -70,10 +71,10 @@ def test_memory_of_xl():
 
 def test_zero_shards_what_its_stage_says():
     estimate = MemoryEstimate(weights=6, gradients=4, optimizer=8, ema=4, activations=10)
-    assert [memory_with_zero(estimate, stage, 4) for stage in range(4)] == [32, 23, 20, 15]
-    assert memory_with_zero(estimate, 3, 1) == 32
+    assert [memory_with_zero(estimate, Zero(stage, 4)) for stage in range(4)] == [32, 23, 20, 15]
+    assert memory_with_zero(estimate, Zero(3, 1)) == 32
     # bf16 weights and gradients; float32 weights, moments and EMA in four parts; stage 2: gradients in float32 too
-    assert [memory_with_zero(estimate, stage, 4, working=True) for stage in range(4)] == [
+    assert [memory_with_zero(estimate, Zero(stage, 4, working=True)) for stage in range(4)] == [
         32,
         10 + 4 + 4,
         10 + 2 + 5,
@@ -83,4 +84,6 @@ def test_zero_shards_what_its_stage_says():
 
 def test_memory_of_xl_under_zero():
     """Measured on two H200, 256 images each: 88.5 GiB (bench/results, scaling, 6188f95)."""
-    assert memory_with_zero(memory_estimate(xl(), 256), 1, 2, working=True) / 2**30 == pytest.approx(88.5, rel=0.03)
+    assert memory_with_zero(memory_estimate(xl(), 256), Zero(1, 2, working=True)) / 2**30 == pytest.approx(
+        88.5, rel=0.03
+    )

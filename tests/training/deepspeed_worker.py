@@ -1,14 +1,15 @@
 """One rank of test_deepspeed.py, started by torchrun: runs the jobs of a JSON file one after the other.
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
-"bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "kinds", "shards", "backends"},
-{"error", "code"}, {"code"} or {"other": code}, a file for each rank.
+"bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "warnings", "kinds", "shards",
+"backends"}, {"error", "code"}, {"code"} or {"other": code}, a file for each rank.
 """
 
 import errno
 import gc
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -107,7 +108,23 @@ def note_layout(engine):
 deepspeed_engine.DeepSpeedEngine._make_state = note_layout
 
 
+class Warnings(logging.Handler):
+    """What the package has warned of."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+        logging.getLogger("fastasync").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+warned = Warnings()
+
+
 def run(job):
+    warned.lines.clear()
     data = tiny_run.gaussian_latents(mirror=True)
     if job.get("event") == "nan":  # on one rank only, and on all of its images
         data = tiny_run.Disturbed(data, lambda step: float("nan") if session().rank == 1 else None)
@@ -132,6 +149,7 @@ def run(job):
         return {"error": str(error), "code": error.exit_code}
     seconds = time.perf_counter() - began
     told = {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
+    told["warnings"] = list(warned.lines)
     return told | _layout
 
 

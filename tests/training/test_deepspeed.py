@@ -118,6 +118,14 @@ def test_every_stage_equals_one_process(runs, name):
     assert_same(folder / name, folder / "plain")
 
 
+def test_who_reduces_is_said_where_a_json_decides_it(runs):
+    _, results = runs
+    line = "DeepSpeed reduces gradients, not we, as train.deepspeed_config sets zero_optimization.overlap_comm"
+    assert [result["warnings"] for result in results["zero2-deepspeeds"]] == [[line], []]
+    for name in ("zero2", "zero3-sharded"):
+        assert [result["warnings"] for result in results[name]] == [[], []]
+
+
 def test_bf16_is_the_plain_engines_bf16(runs):
     folder, _ = runs
     losses = [curve(folder / name)[:, 0] for name in ("zero1-bf16-undivided", "plain-bf16-undivided")]

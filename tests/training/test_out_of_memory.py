@@ -7,7 +7,7 @@ import torch
 
 from fastasync.config import Sample, apply_settings
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, activation_memory, memory_estimate
+from fastasync.model import UNDIVIDED, LightningDiT, Zero, activation_memory, memory_estimate, parameter_count
 from fastasync.presets import preset
 from fastasync.training import PlainEngine, build_model
 from fastasync.training.build import USABLE
@@ -16,10 +16,10 @@ from fastasync.training.out_of_memory import explained_sampling, training_error
 GPU, GIB = torch.device("cuda"), 2**30
 
 
-def advice(gib, *settings, recompute="none", world=1, stage=0):
+def advice(gib, *settings, recompute="none", zero=UNDIVIDED):
     """What is said to a run of XL on devices of so many GiB."""
     config = apply_settings(preset("imagenet256-xl"), settings)
-    error = training_error(config, int(gib * GIB), GPU, recompute, world, stage)
+    error = training_error(config, int(gib * GIB), GPU, recompute, zero)
     assert (error.field, error.value, error.exit_code) == ("train.batch", config.train.batch, 2)
     return error.remedy
 
@@ -64,14 +64,26 @@ def test_a_failure_knows_better_than_the_estimate():
 
 
 def test_ranks_and_parts_count():
-    said = advice(24, "train.batch=384", "train.accumulate=2", world=2, stage=1)
+    said = advice(24, "train.batch=384", "train.accumulate=2", zero=Zero(1, 2))
     assert "96 images at a time" in said
     fits, parts = number(r"about (\d+) do", said), number(r"train.accumulate=(\d+)", said)
     assert (384 % (2 * parts), parts % 2) == (0, 0)
     assert 384 // (2 * parts) <= fits < 384 // (2 * (parts // 2))
     assert f"train.batch={fits * 4} (" in said
-    sharded = number(r"about (\d+) do", advice(24, "train.batch=384", "train.accumulate=2", world=2, stage=3))
+    sharded = number(r"about (\d+) do", advice(24, "train.batch=384", "train.accumulate=2", zero=Zero(3, 2)))
     assert sharded > fits
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_fits_beside_working_weights(stage):
+    """On two devices of 40 GiB: their bf16 weights and gradients, and half of what is float32."""
+    zero = Zero(stage, 2, working=True)
+    fits = number(r"about (\d+) do", advice(40, "train.batch=512", zero=zero))
+    count = parameter_count(xl())
+    held = [(2 + 2 + 16 / 2) * count, (2 + (4 + 16) / 2) * count][stage - 1]
+    room = 40 * GIB - held
+    assert fits == int(USABLE * room / activation_memory(xl(), 1))
+    assert fits > number(r"about (\d+) do", advice(40, "train.batch=512", zero=Zero(stage, 2)))
 
 
 def test_recomputation_comes_where_one_image_is_too_much():
@@ -91,7 +103,7 @@ def test_a_network_too_large_for_the_device():
     said = advice(8)
     assert "weights, gradients and optimizer take about 14: choose a smaller model.size, or more GPUs with" in said
     assert said.endswith("train.zero=3")
-    assert advice(3, world=4, stage=3).endswith("or more GPUs")
+    assert advice(3, zero=Zero(3, 4)).endswith("or more GPUs")
 
 
 def few_at_a_time(monkeypatch, most, usable):

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 from fastasync.config import differences
 from fastasync.errors import UserError
-from fastasync.model import LightningDiT, memory_estimate
+from fastasync.model import LightningDiT, Zero, memory_estimate, parameter_count
 from fastasync.model.dit import BlockLinear
 from fastasync.training import PlainEngine, build_model
-from fastasync.training.build import check_training, choose_autocast, choose_memory, prepare_model, use_fp8
+from fastasync.training.build import USABLE, check_training, choose_autocast, choose_memory, prepare_model, use_fp8
 from tests.kernels import quack_kit
 
 CPU = torch.device("cpu")
@@ -31,6 +31,16 @@ def test_memory_auto_recomputes_until_it_fits():
         assert choose_memory("auto", model, 256, "bf16", gigabytes * 10**9) == expected
     assert choose_memory("auto", model, 256, "bf16", None) == "none"
     assert choose_memory("full", model, 256, "bf16", 10**15) == "full"
+
+
+def test_memory_auto_under_zero():
+    """Of 16 bytes a parameter beside the float32 weights, which make room for bf16 ones, 8 devices hold 2 each."""
+    model, count = xl(), parameter_count(xl())
+    activations = memory_estimate(model, 256).activations
+    for zero, extra in ((Zero(), 16), (Zero(1, 8, True), 2 + 2 + 2 - 4), (Zero(2, 8, True), 2 + 20 / 8 - 4)):
+        least = (activations + extra * count) / USABLE
+        assert choose_memory("auto", model, 256, "bf16", int(least * 1.001), zero) == "none"
+        assert choose_memory("auto", model, 256, "bf16", int(least * 0.999), zero) == "selective"
 
 
 @pytest.mark.parametrize("memory", ["selective", "full"])

@@ -14,8 +14,10 @@ import torch
 
 from fastasync.distributed import Session, explained_loss
 from fastasync.errors import UserError
+from fastasync.optim import library
 from fastasync.training import TrainingError
-from fastasync.training.deepspeed_json import deepspeed_json, leaves_reduction_to_us
+from fastasync.training.deepspeed_engine import check_deepspeed
+from fastasync.training.deepspeed_json import deepspeed_json, reduction_fields, zero_of
 from fastasync.training.engine import choose_engine
 from fastasync.training.interrupt import StopSignal
 from fastasync.training.metrics import WINDOW, Tally, TallyReading
@@ -153,17 +155,46 @@ def test_the_json_follows_the_fields(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "ours"),
+    ("content", "fields"),
     [
-        ({}, True),
-        ({"zero_optimization": {"stage": "auto"}, "comms_logger": {"enabled": True}}, True),
-        ({"zero_optimization": {"reduce_bucket_size": 1000}}, False),
-        ({"communication_data_type": "bf16"}, False),
-        ({"tensor_parallel": {"autotp_size": 2}}, False),
+        ({}, []),
+        ({"zero_optimization": {"stage": "auto"}, "comms_logger": {"enabled": True}}, []),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}, "offload_param": None}}, []),
+        ({"zero_optimization": {"reduce_bucket_size": 1000}}, ["zero_optimization.reduce_bucket_size"]),
+        ({"communication_data_type": "bf16"}, ["communication_data_type"]),
+        ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel"]),
     ],
 )
-def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, ours):
-    assert leaves_reduction_to_us(with_json(tiny, tmp_path, content)) == ours
+def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, fields):
+    config = with_json(tiny, tmp_path, content)
+    assert reduction_fields(config) == fields
+    assert ("contiguous_gradients" in deepspeed_json(config, 2)["zero_optimization"]) == (not fields)
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param", "cpu_offload"])
+@pytest.mark.parametrize("value", [{"device": "cpu"}, {"device": "nvme", "nvme_path": "/disk"}, "cpu", True])
+def test_offloading_is_refused_before_any_work(tiny, tmp_path, name, value):
+    config = with_json(tiny, tmp_path, {"zero_optimization": {name: value}})
+    said = rf"train.deepspeed_config: .*ds.json sets zero_optimization.{name} = .*: our optimizer updates on the device"
+    with pytest.raises(UserError, match=said + ": leave it out; train.zero=3 and train.memory=full need less"):
+        check_deepspeed(config, 2)
+
+
+def test_what_is_held_follows_the_stage_and_the_weights(tiny, tmp_path):
+    """bf16 weights are trained under ZeRO 1 and 2 of our own reduction, where gradients are not summed over parts."""
+    if library.load("cpu") is None:
+        pytest.skip("the compiled AdamW is not built")
+    cpu, bf16 = torch.device("cpu"), dict(precision="bf16")
+
+    def zero(content=None, **fields):
+        fields = {**bf16, **fields}
+        config = tiny(train=fields) if content is None else with_json(tiny, tmp_path, content, **fields)
+        return zero_of(config, cpu, 2)
+
+    assert [zero(zero=stage) for stage in range(4)] == [(0, 2, False), (1, 2, True), (2, 2, True), (3, 2, False)]
+    assert zero(accumulate=2) == zero(precision="fp32") == zero(optimizer="torch") == (1, 2, False)
+    assert zero({"zero_optimization": {"overlap_comm": True}}) == (1, 2, False)
+    assert zero({"comms_logger": {"enabled": True}}) == (1, 2, True)
 
 
 @pytest.mark.parametrize(
