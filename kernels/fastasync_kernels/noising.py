@@ -98,7 +98,10 @@ def _backward(
             inside = (element >= BOUNDS[k]) & (element < BOUNDS[k + 1])
             dx = tl.load(dx_ptr + row + element, mask=inside, other=0.0).to(tl.float32)
             z = tl.load(z_ptr + row + element, mask=inside, other=0.0).to(tl.float32)
-            eps = normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), 0)
+            if dx_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                eps = normals_by_eight(seed, step, sample, first // 8 + tl.arange(0, BLOCK // 8), 0)
+            else:
+                eps = normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), 0)
             total += dx * (z - eps)
             if WRITE_DZ:
                 tl.store(dz_ptr + row + element, (tau * dx).to(dz_ptr.dtype.element_ty), mask=inside)
