@@ -25,6 +25,7 @@ from ._common import (
     check_noise_key,
     check_tensor,
     normals,
+    normals_by_eight,
     on_device,
     signed64,
     split_step,
@@ -56,7 +57,11 @@ def _forward(
     element = first + tl.arange(0, BLOCK)
     inside = element < SIZE
     z = tl.load(z_ptr + row + element, mask=inside, other=0.0).to(tl.float32)
-    eps = normals(seed, step, tl.load(samples_ptr + b), first // 4 + tl.arange(0, BLOCK // 4), 0)
+    sample = tl.load(samples_ptr + b)
+    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        eps = normals_by_eight(seed, step, sample, first // 8 + tl.arange(0, BLOCK // 8), 0)
+    else:
+        eps = normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), 0)
     tau = by_representation(tau_ptr + b * K, element, BOUNDS)
     x = (1.0 - tau) * eps + tau * z
     tl.store(x_ptr + row + element, x.to(x_ptr.dtype.element_ty), mask=inside)
@@ -93,7 +98,10 @@ def _backward(
             inside = (element >= BOUNDS[k]) & (element < BOUNDS[k + 1])
             dx = tl.load(dx_ptr + row + element, mask=inside, other=0.0).to(tl.float32)
             z = tl.load(z_ptr + row + element, mask=inside, other=0.0).to(tl.float32)
-            eps = normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), 0)
+            if dx_ptr.dtype.element_ty.primitive_bitwidth == 16:
+                eps = normals_by_eight(seed, step, sample, first // 8 + tl.arange(0, BLOCK // 8), 0)
+            else:
+                eps = normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), 0)
             total += dx * (z - eps)
             if WRITE_DZ:
                 tl.store(dz_ptr + row + element, (tau * dx).to(dz_ptr.dtype.element_ty), mask=inside)

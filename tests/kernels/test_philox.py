@@ -24,12 +24,14 @@ def _words_kernel(out_ptr, seed, step, sample, first, STREAM: tl.constexpr, COUN
 
 @triton.jit(do_not_specialize=["seed", "step", "sample"])
 def _normals_kernel(
-    out_ptr, seed, step, sample, STREAM: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr
+    out_ptr, seed, step, sample, STREAM: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, ROW: tl.constexpr
 ):
     first = tl.program_id(0) * BLOCK
     element = first + tl.arange(0, BLOCK)
-    if SINGLE:
+    if ROW == 1:
         value = _common.normals_at(seed, step, sample, element, STREAM)
+    elif ROW == 8:
+        value = _common.normals_by_eight(seed, step, sample, first // 8 + tl.arange(0, BLOCK // 8), STREAM)
     else:
         value = _common.normals(seed, step, sample, first // 4 + tl.arange(0, BLOCK // 4), STREAM)
     tl.store(out_ptr + element, value, mask=element < COUNT)
@@ -41,10 +43,10 @@ def kernel_words(seed, step, sample, stream, count, first=0):
     return out.cpu().reshape(count, 4)
 
 
-def kernel_normals(seed, step, sample, count, block=4096, stream=0, single=False):
+def kernel_normals(seed, step, sample, count, block=4096, stream=0, row=4):
     out = torch.zeros(count, device=DEVICE)
     grid = (triton.cdiv(count, block),)
-    _normals_kernel[grid](out, seed, step, sample, STREAM=stream, COUNT=count, BLOCK=block, SINGLE=single)
+    _normals_kernel[grid](out, seed, step, sample, STREAM=stream, COUNT=count, BLOCK=block, ROW=row)
     return out.cpu()
 
 
@@ -90,10 +92,10 @@ def test_words_are_bit_equal(seed):
     assert torch.equal(kernel_words(_common.signed64(seed), step, sample, stream, count), words)
 
 
-@pytest.mark.parametrize("single", [False, True])
-def test_normals_are_as_near_to_the_truth_as_the_reference(single):
+@pytest.mark.parametrize("row", [1, 4, 8])
+def test_normals_are_as_near_to_the_truth_as_the_reference(row):
     count = 1 << 16
-    ours = kernel_normals(11, 5, 77, count, single=single).double()
+    ours = kernel_normals(11, 5, 77, count, row=row).double()
     theirs = reference.philox_normal(11, 5, torch.tensor([77]), count)[0].double()
     exact, radius = exact_normals(11, 5, 77, count)
     ulp = 2.0**-23 * radius  # an error of the angle shows as one of the radius' size, whatever the cosine
@@ -107,7 +109,8 @@ def test_normals_do_not_depend_on_block_size():
     expected = kernel_normals(3, 1, 9, count, block=4096)
     for block in (64, 512, 1024):
         assert torch.equal(kernel_normals(3, 1, 9, count, block=block), expected)
-    assert torch.equal(kernel_normals(3, 1, 9, count, block=2048, single=True), expected)
+    for row in (1, 8):
+        assert torch.equal(kernel_normals(3, 1, 9, count, block=2048, row=row), expected)
 
 
 def test_normals_are_normal_and_streams_independent():
