@@ -199,6 +199,9 @@ class Workshop:
         record, kept = folder / "seconds.json", {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
         if record.exists() and set(steps) <= kept:  # by a longer run, too
             return Trained(folder, schedule, json.loads(record.read_text()) * max(steps) / max(kept))
+        if max(kept, default=0) > max(steps):  # a longer run that did not keep them
+            folder = folder.with_name(f"{folder.name}_to_{max(steps)}")
+            record = folder / "seconds.json"
         if spec.start == "probe" and not (folder / checkpoint.FOLDER).exists():
             self._start_from_probe(spec, config, schedule, folder)
         shape = (spec.size, spec.representations)

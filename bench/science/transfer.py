@@ -38,8 +38,8 @@ def _long(ledger: Ledger, workshop: Workshop) -> list[Job]:
 
 def _transfer_report(ledger: Ledger) -> Report:
     study, rows, sentences = ledger.study, [], []
-    last = study.longer * study.steps
-    for size, step in (("base", study.steps), ("large", study.steps), ("base", last)):
+    longer = [step for step in study.milestones if step > study.steps]
+    for size, step in (("base", study.steps), ("large", study.steps), *(("base", step) for step in longer)):
         for name in _schedules(ledger):
             spec = Spec(name, 0, size=size)
             rows.append(

@@ -339,6 +339,13 @@ def test_a_longer_run_has_the_shorter_ones(finished):
     assert half.folder == whole.folder
     assert half.seconds == pytest.approx(whole.seconds / 2)
     assert workshop.score(spec, half, 20, "heun2").figures["fid"] > 0
+    # a step that it did not keep is trained again, beside it, to the same figure
+    other = workshop.train(Spec("power:2", 8), [40])
+    again = workshop.train(Spec("power:2", 8), [20])
+    assert again.folder != other.folder
+    kept = workshop.train(Spec("power:2", 8), [40])
+    assert kept.folder == other.folder
+    assert workshop.score(Spec("power:2", 8), again, 20, "heun2").figures["fid"] > 0
 
 
 def test_nothing_is_done_twice(finished):
