@@ -173,7 +173,7 @@ def _report(ledger: Ledger) -> Report:
     earlier = [Spec("C", 0, probe=variant) for variant in EARLIER if variant in study.probes]
     for spec in (*(Spec(name, 0) for name in schedules), *earlier):
         row = {"schedule": spec.label, **fids(ledger, spec, study.headline)}
-        if any(row[sampler] for sampler in study.headline) or spec not in earlier:
+        if any(row[sampler] for sampler in study.headline):
             rows.append({**row, "all": geometric(ledger, spec, study.headline)})
     headline = Section("headline", "FID on the headline seeds, mean ± deviation; all: geometric mean.",
                        ["schedule", *study.headline, "all"], rows)  # fmt: skip
@@ -207,7 +207,7 @@ def _report(ledger: Ledger) -> Report:
             f"{summary(agreement)} over {len(agreement)} pairs: how well the order that a probe should predict repeats."
         )
     picture = None
-    if any(row[study.headline[0]] for row in rows):
+    if rows:
         picture = plots.seed_points(
             {
                 name: {
@@ -215,6 +215,7 @@ def _report(ledger: Ledger) -> Report:
                     for sampler in study.headline
                 }
                 for name in schedules
+                if any(ledger.by_seed(Spec(name, 0), study.steps, sampler) for sampler in study.headline)
             },
             {sampler: ledger.scan(sampler) for sampler in study.headline},
         )
