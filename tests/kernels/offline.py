@@ -1,7 +1,8 @@
-"""Builds kernels for sm_90 without a GPU; run by test_offline_compile in a process without Triton's interpreter.
+"""Builds kernels for sm_90 without a GPU, in a process without Triton's interpreter: ``offline.py builds | launches``.
 
-First every OFFLINE case of every kernel module: compiles, and reports spilled registers.  Then every public operation
-with real arguments, up to the launch itself.  Prints one line each and leaves with status 1 when one failed or spilled.
+``builds``: every OFFLINE case of every kernel module compiles; reports spilled registers (test_offline_builds).
+``launches``: every public operation with real arguments, up to the launch itself (test_offline_launches).
+Prints one line each and leaves with status 1 when one failed or spilled.
 """
 
 import importlib
@@ -111,4 +112,4 @@ def run_launches():
 
 
 if __name__ == "__main__":
-    sys.exit(1 if run_registry() + run_launches() else 0)
+    sys.exit(1 if {"builds": run_registry, "launches": run_launches}[sys.argv[1]]() else 0)

@@ -141,18 +141,51 @@ def test_on_is_refused_without_cuda(tiny):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["off", "model"])
-def test_recorded_training_on_the_gpu(tmp_path, tiny, run, compiled):
+@pytest.mark.parametrize(("compiled", "graph"), [("off", "on"), ("model", "on"), ("off", "auto")])
+def test_recorded_training_on_the_gpu(tmp_path, tiny, run, compiled, graph, caplog):
     """The replayed steps train as the plain ones do, and a resumed run goes on recording."""
+    caplog.set_level(logging.INFO, "fastasync")
     if FusedAdamW([torch.nn.Parameter(torch.ones(2, device="cuda"))]).backend != "cuda":
         pytest.skip("the CUDA library is not built")
     train = dict(steps=12, checkpoint_every=8, device="cuda", optimizer="fused", compile=compiled, precision="fp32")
     plain = run(tiny(train=train | dict(cuda_graph="off")), tmp_path / "plain")
-    run(tiny(train=train | dict(cuda_graph="on", steps=8)), tmp_path / "recorded")
-    recorded = run(tiny(train=train | dict(cuda_graph="on")), tmp_path / "recorded")
+    run(tiny(train=train | dict(cuda_graph=graph, steps=8)), tmp_path / "recorded")
+    recorded = run(tiny(train=train | dict(cuda_graph=graph)), tmp_path / "recorded")
+    said = [record.getMessage() for record in caplog.records if "steps are" in record.msg]
+    assert [line.split(":")[0] for line in said] == ["steps are recorded as a CUDA graph"] * (2 * (graph == "auto"))
     one, two = (load_file(result.checkpoint / "model.safetensors") for result in (plain, recorded))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Watched(GraphedStep):
+    """Remembers what it has measured."""
+
+    def _memory(self):
+        self.measured = super()._memory()
+        return self.measured
+
+
+@pytest.mark.gpu
+def test_memory_is_that_of_one_warm_step_on_the_gpu():
+    """Not of the steps before, which compile and measure, and what stays between steps is no need."""
+    calls, small, large = 0, 2**26, 2**29
+
+    def function(step, parts):
+        nonlocal calls
+        calls += 1
+        work = torch.ones((large if calls < WARM_UP else small) // 4, device="cuda")
+        return work.sum(), parts[0].z.sum()
+
+    stays = torch.empty(2**25, dtype=torch.uint8, device="cuda")
+    step = Watched(function, torch.device("cuda"), careful=True)
+    for number in range(WARM_UP + 3):
+        total, given = step(number, [Part(*torch.full((4, 1), float(number), device="cuda"))])
+        size = large if number + 1 < WARM_UP else small
+        assert (float(total), float(given)) == (size / 4, number)
+    assert step._replay is not None
+    assert small <= step.measured.needed < small + 2**22
+    assert large <= step.measured.free <= torch.cuda.mem_get_info()[1] - stays.numel()
 
 
 @pytest.mark.gpu
