@@ -87,14 +87,14 @@ def write_json(path: str | Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write a safetensors file atomically; returns its SHA-256."""
     path = Path(path)
     with atomic_path(path) as partial:
         # in a folder of its own: save_file begins with a .tmpXXXXXX, which nobody removes after a kill
         with TemporaryDirectory(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent) as folder:
             made = Path(folder) / "tensors"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, made, metadata)
             made.chmod(0o644)  # safetensors makes it readable by its owner only
             os.replace(made, partial)
         digest = sha256_file(partial)

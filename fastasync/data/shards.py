@@ -4,7 +4,8 @@ A folder holds ``encoding.json`` (what is being made from what), ``shard-NNNNN.s
 ``shard-NNNNN.json`` beside each finished one, and ``index.json`` once all shards are finished.  A shard holds the raw
 latents of consecutive images: ``latents.NAME`` [n, C, grid, grid] for every representation, ``latents_flip.NAME`` of
 the mirrored images, ``labels`` int64 [n] and optionally frozen features for REPA, ``feats(_flip)`` float16
-[n, tokens, width].  Latents are float32 by default, as the peers store them; float16 halves the disk.
+[n, tokens, width].  Latents are float32 by default, as the peers store them; float16 halves the disk.  Its header says
+which shard of which encoding it is: among those of another one it is refused.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _AGAIN = "delete it and run the same `fastasync encode` again: only what is miss
 class MappedFile:
     """A safetensors file mapped into memory: opened once, read where it is touched, no descriptor kept.
 
-    ``tensors`` are views of the file.  Raises UserError, naming the file, when it is missing, cut short or no
-    safetensors file; ``remedy`` says what to do then.
+    ``tensors`` are views of the file, ``metadata`` its header's, or None.  Raises UserError, naming the file, when it
+    is missing, cut short or no safetensors file; ``remedy`` says what to do then.
     """
 
     def __init__(self, path: str | Path, remedy: str):
@@ -59,7 +60,7 @@ class MappedFile:
         self.tensors: dict[str, Tensor] = {}
         try:
             entries = json.loads(header)
-            entries.pop("__metadata__", None)
+            self.metadata: dict[str, str] | None = entries.pop("__metadata__", None)
             end = start + max(int(entry["data_offsets"][1]) for entry in entries.values())
             if end != self.size:
                 raise UserError(str(path), f"{self.size} bytes, its header says {end} (cut short or altered)", remedy)
@@ -113,6 +114,10 @@ class Encoding:
     def file(self, shard: int) -> str:
         """Name of a shard's file."""
         return f"shard-{shard:05d}.safetensors"
+
+    def mark(self, shard: int) -> dict[str, str]:
+        """The metadata of a shard's file."""
+        return {"shard": _digest({**asdict(self), "shard": shard})}
 
     def tensors(self, n: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """{name: (dtype, shape)} of a shard of ``n`` images."""
@@ -235,7 +240,7 @@ def write_shard(out: Path, encoding: Encoding, shard: int, tensors: Mapping[str,
                 remedy = "the encoder gives NaN, or features beyond 65,504"
             raise UserError(f"{name} of image {image}", f"not finite in {tensor.dtype}", remedy)
     path = out / encoding.file(shard)
-    _write_record(path, encoding, shard, tensors, save_tensors(path, tensors))
+    _write_record(path, encoding, shard, tensors, save_tensors(path, tensors, encoding.mark(shard)))
 
 
 def _write_record(path: Path, encoding: Encoding, shard: int, tensors: Mapping[str, Tensor], sha256: str) -> None:
@@ -282,7 +287,7 @@ def is_finished(out: Path, encoding: Encoding, shard: int) -> bool:
         found = MappedFile(path, _AGAIN)
     except UserError:
         return False
-    if found.layout() != encoding.tensors(last - first):
+    if found.layout() != encoding.tensors(last - first) or found.metadata not in (None, encoding.mark(shard)):
         return False
     _write_record(path, encoding, shard, found.tensors, sha256_file(path))
     return True
@@ -335,7 +340,7 @@ def read_index(directory: str | Path) -> Index:
 
 
 def open_shards(directory: str | Path, index: Index) -> Iterator[MappedFile]:
-    """The mapped shards, in order.  UserError when one is missing, of another size, or of another layout."""
+    """The mapped shards, in order.  UserError when one is missing, of another size, layout, place or encoding."""
     for record in index.shards:
         found = MappedFile(Path(directory) / record["file"], _AGAIN)
         if found.size != record["bytes"]:
@@ -345,6 +350,9 @@ def open_shards(directory: str | Path, index: Index) -> Iterator[MappedFile]:
             if expected.get(name) != layout.get(name):
                 what = f"{name} is {_describe(layout.get(name))}, the index says {_describe(expected.get(name))}"
                 raise UserError(str(found.path), what, _AGAIN)
+        number = int(found.path.stem.removeprefix("shard-"))
+        if found.metadata not in (None, index.encoding.mark(number)):  # None: written before there were any
+            raise UserError(str(found.path), "is another shard, or of another encoding (by its header)", _AGAIN)
         yield found
 
 

@@ -74,6 +74,7 @@ class Representation(nn.Module):
 
 
 Kind = TypeVar("Kind", bound=type[Representation])
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}  # of options, by default
 _REGISTRY: dict[str, type[Representation]] = {}
 
 
@@ -114,10 +115,14 @@ def build(
                 "it reads the classifier that `prepare` trains: use --prepared RUN/prepared, or dino_semantic",
             )
         extra["encoder"] = encoder
-    accepted = [key for key in inspect.signature(kind).parameters if key not in ("image_shape", "grid", "encoder")]
-    for option in options:
+    parameters = inspect.signature(kind).parameters
+    accepted = [key for key in parameters if key not in ("image_shape", "grid", "encoder")]
+    for option, value in options.items():
         if option not in accepted:
             raise unknown_name(f"representation {name}: option", option, accepted)
+        wanted = type(parameters[option].default)
+        if wanted in _KINDS and type(value) is not wanted and not (wanted is float and type(value) is int):
+            raise UserError(f"representation {name}: {option}", repr(value), f"must be {_KINDS[wanted]}")
     with torch.random.fork_rng(devices=[]):  # random weights are always the same ones, and the caller's state is kept
         torch.manual_seed(0)
         representation = kind(image_shape, grid, **extra, **options)

@@ -404,5 +404,26 @@ def check_deepspeed(config: Config, world: int) -> None:
     try:
         require("deepspeed", "deepspeed")
     except (ImportError, RuntimeError, AssertionError) as error:
-        text = " ".join(str(error).split())[:160]
-        raise UserError("train.engine", "deepspeed", f"does not import here ({text})") from None
+        raise UserError("train.engine", "deepspeed", f"does not import here ({_brief(error)})") from None
+    if train.deepspeed_config:
+        _check_json(config, world)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def _check_json(config: Config, world: int) -> None:
+    """Raises UserError where DeepSpeed does not understand the user's JSON, which it would say after work has begun."""
+    settings = deepspeed_json(config, world)
+    del settings["train_batch_size"]  # it compares with the ranks that have met, which are none yet
+    read = require("deepspeed.runtime.config", "deepspeed").DeepSpeedConfig
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.ERROR)
+    try:
+        read(settings)
+    except Exception as error:  # pydantic's, a TypeError, an assertion: whatever it meets
+        what = f"is not understood by DeepSpeed ({type(error).__name__}: {_brief(error)})"
+        raise UserError("train.deepspeed_config", config.train.deepspeed_config, what) from None
+    finally:
+        log.setLevel(logging.WARNING)

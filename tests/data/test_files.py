@@ -61,7 +61,7 @@ def test_nothing_stays_of_tensors_that_were_not_written_whole(tmp_path, monkeypa
     before = (tmp_path / "t").read_bytes()
     seen = []
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         (path.parent / ".tmpAbC123").write_text("half")  # as safetensors' save_file begins
         left = shutil.copytree(path.parent, tmp_path / f"{path.parent.name[:-8]}x.partial")  # as if killed here
         seen.extend(left.iterdir())

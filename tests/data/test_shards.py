@@ -3,9 +3,9 @@
 import errno
 import json
 import os
-import shutil
 import struct
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_missing_and_truncated_shards(folder):
 
 
 def test_a_shard_of_another_dtype(folder, encoding, content):
-    half = encoding(dtype="float16")
+    half, good = encoding(dtype="float16"), (folder / "shard-00000.safetensors").read_bytes()
     whole = content(half)
     save_file({name: tensor[:5].contiguous() for name, tensor in whole.items()}, folder / "shard-00000.safetensors")
     with pytest.raises(UserError, match=r"shard-00000.safetensors: \d+ bytes, the index says \d+"):
@@ -177,10 +177,35 @@ def test_a_shard_of_another_dtype(folder, encoding, content):
     path = folder / "shard-00001.safetensors"
     data = path.read_bytes().replace(b'"F32","shape":[5,3,4,4]', b'"I32","shape":[5,3,4,4]')
     path.write_bytes(data)
-    shutil.copy(folder / "shard-00002.safetensors", folder / "shard-00000.safetensors")
+    (folder / "shard-00000.safetensors").write_bytes(good)
     with pytest.raises(UserError, match=r"shard-00001.*latents.* is int32 \[5, 3, 4, 4\], the index says float32"):
         list(open_shards(folder, read_index(folder)))
     assert tensors["labels"].dtype == torch.int64
+
+
+def test_shards_of_another_encoding_with_the_same_layout(tmp_path, folder, encoding, content, write):
+    """Whichever of its files was copied, at opening and not by hashes; and encoding again does not take it over."""
+    other = encoding(fingerprints=("f1", "fX", "f3"))
+    theirs = write(tmp_path / "theirs", other, content(other, seed=1))
+    name, index = "shard-00001.safetensors", read_index(folder)
+    good = (folder / name).read_bytes()
+    said = f"{name}: is another shard, or of another encoding"
+    for stranger in (theirs / name, folder / "shard-00002.safetensors"):
+        (folder / name).write_bytes(stranger.read_bytes())
+        with pytest.raises(UserError, match=said):
+            list(open_shards(folder, index))
+        assert said in check_latents(folder, progress=False).problems[0]
+        (folder / "shard-00001.json").unlink(missing_ok=True)
+        assert not is_finished(folder, encoding(), 1)
+    header = json.loads(good[8 : 8 + struct.unpack("<Q", good[:8])[0]])
+    assert header["__metadata__"] == encoding().mark(1)
+    del header["__metadata__"]  # a folder of before: read as it is
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    old = struct.pack("<Q", len(text)) + text + good[8 + struct.unpack("<Q", good[:8])[0] :]
+    (folder / name).write_bytes(old)
+    shards = tuple({**each, "bytes": len(old)} if each["file"] == name else each for each in index.shards)
+    assert len(list(open_shards(folder, replace(index, shards=shards)))) == 5
 
 
 def test_wrong_statistics_and_labels_are_found(folder, encoding, content, write, tmp_path):

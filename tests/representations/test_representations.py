@@ -97,6 +97,10 @@ def test_lowfreq_keeps_the_mean_and_drops_the_detail():
         (lambda: build("texture", (1, 8, 6), 2), "square only"),
         (lambda: build("lowfreq", DIGIT, 4, sise=2), "option: 'sise': did you mean 'size'"),
         (lambda: build("lowfreq", DIGIT, 4, size=9), "lowfreq size: 9"),
+        (lambda: build("autoencoder", PHOTO, 8, sample="yes"), "autoencoder: sample: 'yes': must be true or false"),
+        (lambda: build("autoencoder", PHOTO, 8, chunk="32"), "autoencoder: chunk: '32': must be a whole number"),
+        (lambda: build("autoencoder", PHOTO, 8, seed=True), "autoencoder: seed: True: must be a whole number"),
+        (lambda: build("autoencoder", PHOTO, 8, weights=3), "autoencoder: weights: 3: must be a text"),
         (lambda: build("semantic", DIGIT, 4), "no encoder"),
         (lambda: build("semantic", DIGIT, 2, Classifier(DIGIT, 10, (16, 16), 4)), "feature map has side 4"),
         (

@@ -47,9 +47,9 @@ def runs(tmp_path_factory):
     jobs.append(job("measured", model={}, precision="bf16", zero=2))
     for each in (*plain, *jobs):
         each["out"] = folder / each["out"]
-    exact = {"NVIDIA_TF32_OVERRIDE": "0"}
-    launch(folder, plain, ranks=None, **exact)
-    by_rank = launch(folder, jobs, **exact)
+    variables = {"NVIDIA_TF32_OVERRIDE": "0", "DS_ACCELERATOR": DEVICE}
+    launch(folder, plain, ranks=None, **variables)
+    by_rank = launch(folder, jobs, **variables)
     return folder, {each["name"]: [rank[i] for rank in by_rank] for i, each in enumerate(jobs)}
 
 

@@ -175,9 +175,32 @@ def test_a_json_about_reduction_leaves_it_to_deepspeed(tiny, tmp_path, content, 
 @pytest.mark.parametrize("value", [{"device": "cpu"}, {"device": "nvme", "nvme_path": "/disk"}, "cpu", True])
 def test_offloading_is_refused_before_any_work(tiny, tmp_path, name, value):
     config = with_json(tiny, tmp_path, {"zero_optimization": {name: value}})
+    pytest.importorskip("deepspeed")
     said = rf"train.deepspeed_config: .*ds.json sets zero_optimization.{name} = .*: our optimizer updates on the device"
     with pytest.raises(UserError, match=said + ": leave it out; train.zero=3 and train.memory=full need less"):
         check_deepspeed(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"zero_optimization": {"overlap_com": True}}, "overlap_com Extra inputs are not permitted"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size Input should be a valid integer"),
+        ({"comms_logger": 3}, "TypeError"),
+        ({"communication_data_type": "int3"}, "Invalid communication_data_type"),
+    ],
+)
+def test_what_deepspeed_does_not_understand_is_refused_before_any_work(tiny, tmp_path, content, says):
+    pytest.importorskip("deepspeed")
+    config = with_json(tiny, tmp_path, content)
+    with pytest.raises(UserError, match=rf"train.deepspeed_config: .*ds.json: is not understood by DeepSpeed .*{says}"):
+        check_deepspeed(config, 2)
+
+
+def test_a_json_that_deepspeed_understands(tiny, tmp_path):
+    pytest.importorskip("deepspeed")
+    mine = {"zero_optimization": {"overlap_comm": "auto", "reduce_bucket_size": 5e8}, "steps_per_print": 10}
+    check_deepspeed(with_json(tiny, tmp_path, mine), 2)
 
 
 def test_what_is_held_follows_the_stage_and_the_weights(tiny, tmp_path):
