@@ -19,11 +19,13 @@ def fids(
     step: int | None = None,
     metric: str = "fid",
 ) -> dict[str, Any]:
-    """``{sampler: "mean ± deviation"}`` over seeds; empty cells where nothing is measured."""
+    """``{sampler: "mean ± deviation"}`` over seeds, and how many where some lack; empty where nothing is measured."""
     cells = {}
     for sampler in samplers:
         values = list(ledger.by_seed(spec, step or ledger.study.steps, sampler, seeds, metric).values())
-        cells[sampler] = str(summary(values)) if values else ""
+        lacking = len(values) < len(ledger.seeds if seeds is None else seeds)
+        count = f" ({len(values)} seed{'s' if len(values) > 1 else ''})" if lacking else ""
+        cells[sampler] = f"{summary(values)}{count}" if values else ""
     return cells
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import shutil
@@ -199,7 +200,7 @@ class Workshop:
         record, kept = folder / "seconds.json", {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
         if record.exists() and set(steps) <= kept:  # by a longer run, too
             return Trained(folder, schedule, json.loads(record.read_text()) * max(steps) / max(kept))
-        if max(kept, default=0) > max(steps):  # a longer run that did not keep them
+        if max(kept, default=0) > max(steps):  # a longer run that did not keep them, or was cut off: beside it
             folder = folder.with_name(f"{folder.name}_to_{max(steps)}")
             record = folder / "seconds.json"
         if spec.start == "probe" and not (folder / checkpoint.FOLDER).exists():
@@ -294,7 +295,9 @@ class Workshop:
 
     def discard(self, spec: Spec) -> None:
         """Remove a scored run's checkpoints; its row has everything."""
-        shutil.rmtree(self.run_folder(spec), ignore_errors=True)
+        folder = self.run_folder(spec)
+        for each in (folder, *folder.parent.glob(f"{glob.escape(folder.name)}_to_*")):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def evaluations_of(name: str, measured: float | None = None) -> float:

@@ -168,8 +168,8 @@ def sampler(name: str) -> Way:
 def random_schedule(name: str, names: Sequence[str], roles: Sequence[str]) -> ConvexSchedule:
     """``random:7`` -> a member of the learned class with a lead of 0.1 to 0.5, its weights drawn from the number.
 
-    What is straight has a share from 0 to 1 in each representation, all of it in every second one that leads; the rest
-    is divided among the knots.
+    What is straight has a share from 0 to 1 in each representation, and with probability 1/2 all of one that leads; the
+    rest is divided among the knots.
     """
     draw = np.random.default_rng([int(name.removeprefix("random:")), len(names)])
     while True:

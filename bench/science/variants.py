@@ -32,7 +32,9 @@ def _step_counts_report(ledger: Ledger) -> Report:
     for spec in _step_count_specs(ledger, 0):
         rows.append({"schedule": spec.label, **fids(ledger, spec, study.curve)})
         found = {name: ledger.by_seed(spec, study.steps, name) for name in study.curve}
-        whole = set.intersection(*(set(values) for values in found.values()))  # a curve's points are of the same seeds
+        found = {name: values for name, values in found.items() if values}
+        # a curve's points are of the same seeds
+        whole = set.intersection(*map(set, found.values())) if found else set()
         series[spec.label] = {nfe(name) or 0: [values[seed] for seed in whole] for name, values in found.items()}
     for steps in study.few_steps:
         tuned = Spec("C", 0, probe=f"for {steps} steps")

@@ -27,6 +27,7 @@ from fastasync.errors import UserError
 from fastasync.images import ImageSource, open_images, open_source
 from fastasync.images.dali_loader import READING_THREADS
 from fastasync.images.loader import read_ahead
+from fastasync.images.read import library
 from fastasync.representations import Bundle, build
 from fastasync.representations.autoencoder import ldm_state
 from fastasync.representations.semvae import SemVAE
@@ -127,7 +128,7 @@ def reading(bench: Bench, source: ImageSource, size: int, batch: int) -> Tensor:
         return first
 
     order = torch.arange(count).split(batch)
-    readers = min(loader.workers, READING_THREADS)
+    readers = min(loader.workers, READING_THREADS) if library() else 1
     timed(read_ahead(order, lambda indices: source.read_many(indices, readers), 1), "files", f"{readers} threads")
     return timed(loader, "decode and crop", f"{loader.backend}, {threads}").images
 

@@ -267,11 +267,12 @@ def shard_statistics(encoding: Encoding, tensors: Mapping[str, Tensor]) -> Strea
 
 
 def _record(out: Path, encoding: Encoding, shard: int) -> dict[str, Any] | None:
-    """The record of a finished shard, or None."""
+    """The record of a finished shard, or None; also for a shard of another encoding, or of another place."""
     path = out / encoding.file(shard)
     try:
         record = read_signed(path.with_suffix(".json"), "")
-        return record if path.stat().st_size == record["bytes"] else None
+        whole = path.stat().st_size == record["bytes"]
+        return record if whole and MappedFile(path, _AGAIN).metadata in (None, encoding.mark(shard)) else None
     except (UserError, OSError, KeyError):
         return None
 

@@ -419,6 +419,7 @@ def _check_json(config: Config, world: int) -> None:
     del settings["train_batch_size"]  # it compares with the ranks that have met, which are none yet
     read = require("deepspeed.runtime.config", "deepspeed").DeepSpeedConfig
     log = logging.getLogger("DeepSpeed")
+    level = log.level
     log.setLevel(logging.ERROR)
     try:
         read(settings)
@@ -426,4 +427,4 @@ def _check_json(config: Config, world: int) -> None:
         what = f"is not understood by DeepSpeed ({type(error).__name__}: {_brief(error)})"
         raise UserError("train.deepspeed_config", config.train.deepspeed_config, what) from None
     finally:
-        log.setLevel(logging.WARNING)
+        log.setLevel(level)

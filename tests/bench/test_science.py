@@ -346,6 +346,9 @@ def test_a_longer_run_has_the_shorter_ones(finished):
     kept = workshop.train(Spec("power:2", 8), [40])
     assert kept.folder == other.folder
     assert workshop.score(Spec("power:2", 8), again, 20, "heun2").figures["fid"] > 0
+    workshop.discard(Spec("power:2", 8))
+    assert not other.folder.exists()
+    assert not again.folder.exists()
 
 
 def test_nothing_is_done_twice(finished):

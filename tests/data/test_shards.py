@@ -195,7 +195,9 @@ def test_shards_of_another_encoding_with_the_same_layout(tmp_path, folder, encod
         with pytest.raises(UserError, match=said):
             list(open_shards(folder, index))
         assert said in check_latents(folder, progress=False).problems[0]
-        (folder / "shard-00001.json").unlink(missing_ok=True)
+        (folder / "shard-00001.json").write_bytes(stranger.with_suffix(".json").read_bytes())
+        assert not is_finished(folder, encoding(), 1)
+        (folder / "shard-00001.json").unlink()
         assert not is_finished(folder, encoding(), 1)
     header = json.loads(good[8 : 8 + struct.unpack("<Q", good[:8])[0]])
     assert header["__metadata__"] == encoding().mark(1)

@@ -124,6 +124,34 @@ def test_of_near_equals_the_gentlest(energy, shift, chosen):
     assert row["score"] == pytest.approx(math.log(row["distance"]) + energy * row["kinetic_energy"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("gain", "moves"), [(0.02, False), (0.2, True)])
+def test_a_neighbour_must_be_better_than_its_noise(gain, moves):
+    """Samples c + 1, c - 1, ... and c - 1, c + 1, ...: distances c^2 without error, whose difference has the noise
+    4 c / sqrt(N) all the same: 0.06 at 4,000 samples."""
+    family = candidate_family(NAMES, ROLES, {})
+    names = ["synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade"]
+    far = {family[name].fingerprint: 9.0 for name in names} | {family["power 2/1 floor 0.1"].fingerprint: 1.0}
+    unit = GaussianStatistics(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+
+    def generate(schedule, indices):
+        known = schedule.fingerprint in far
+        centre = far.get(schedule.fingerprint, 1.0 - gain) ** 0.5
+        return (centre + (1.0 - 2.0 * (indices % 2)) * (1 if known else -1)).double()[:, None, None, None]
+
+    found = search(
+        {name: family[name] for name in names},
+        ROLES,
+        generate,
+        Scorer(lambda z: z.flatten(1), unit),
+        sample_flops=1.0,
+        budget=Budget(1e9, "test"),
+        allowance=40_000,
+        progress=False,
+    )
+    assert len(found.rows) > len(names)  # neighbours were tried
+    assert (found.label != "power 2/1 floor 0.1") == moves
+
+
 def test_search_is_deterministic_and_stays_within_its_allowance():
     family = candidate_family(NAMES, ROLES, {})
     results = []
