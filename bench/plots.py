@@ -62,7 +62,7 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
 
 def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
     """Device time of a training step by category (``make profile``), as shares: steps differ in length by far."""
-    found = [r for r in rows if r.subject == "profile"]
+    found = [r for r in rows if r.subject == "profile" and r.ms]  # what took no time has no colour
     if not found:
         return None
     steps = list(dict.fromkeys((r.shape, r.variant) for r in found))
