@@ -70,7 +70,8 @@ def trained_against_synchronous(ledger: Ledger, name: str, seed: int | None = No
 
 
 def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float | int] | None:
-    """Spearman's correlation of a probe's ranking with the trained networks': by C's score and by B's J."""
+    """Spearman's correlation of a probe's ranking with the trained networks': by C's score, its distance, and B's J."""
+    distance: list[tuple[float, float]] = []
     score: list[tuple[float, float]] = []
     objective: list[tuple[float, float]] = []
     energy = ledger.study.probe_config("C", variant, seed).probe.energy
@@ -85,6 +86,7 @@ def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float |
             continue
         if row["distance"] != "nan":
             kinetic = _kinetic_energy(ledger, Spec(name, seed, probe=variant))
+            distance.append((float(row["distance"]), trained))
             score.append((gentle_score(float(row["distance"]), kinetic, energy), trained))
         objective.append((float(row["objective"]), trained))
     if len(score) < 3:
@@ -92,6 +94,7 @@ def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float |
     return {
         "schedules": len(score),
         "Spearman of C": spearman(*zip(*score)),
+        "Spearman of the distance": spearman(*zip(*distance)),
         "Spearman of B": spearman(*zip(*objective)),
     }
 
@@ -161,7 +164,7 @@ def _ranking(ledger: Ledger) -> Section:
         found = rank_agreement(ledger, "base", seed)
         if found:
             rows.append({"probe's seed": seed, **found})
-    columns = ["probe's seed", "schedules", "Spearman of C", "Spearman of B"]
+    columns = ["probe's seed", "schedules", "Spearman of C", "Spearman of the distance", "Spearman of B"]
     caption = "Rank correlation of the probe with trained networks (1: the same order)."
     return Section("ranking", caption, columns, rows)
 
@@ -196,7 +199,7 @@ def _report(ledger: Ledger) -> Report:
     paired = Section("paired", "Change of FID paired by seed, against the best fixed schedule at that sampler and "
                      "against synchronous.", ["rule", "sampler", "against", "change", "verdict"], pairs)  # fmt: skip
     ranking = _ranking(ledger)
-    for column in ("Spearman of C", "Spearman of B"):
+    for column in ("Spearman of C", "Spearman of the distance", "Spearman of B"):
         values = [row[column] for row in ranking.rows if not math.isnan(row[column])]
         if values:
             sentences.append(f"{column} with the trained order: {summary(values)} over {len(values)} probes.")

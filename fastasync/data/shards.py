@@ -119,6 +119,10 @@ class Encoding:
         """The metadata of a shard's file."""
         return {"shard": _digest({**asdict(self), "shard": shard})}
 
+    def owns(self, found: MappedFile, shard: int) -> bool:
+        """Whether a file is this shard of this encoding, or was written before headers said so."""
+        return found.metadata in (None, self.mark(shard))
+
     def tensors(self, n: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """{name: (dtype, shape)} of a shard of ``n`` images."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"labels": (torch.int64, (n,))}
@@ -272,7 +276,7 @@ def _record(out: Path, encoding: Encoding, shard: int) -> dict[str, Any] | None:
     try:
         record = read_signed(path.with_suffix(".json"), "")
         whole = path.stat().st_size == record["bytes"]
-        return record if whole and MappedFile(path, _AGAIN).metadata in (None, encoding.mark(shard)) else None
+        return record if whole and encoding.owns(MappedFile(path, _AGAIN), shard) else None
     except (UserError, OSError, KeyError):
         return None
 
@@ -288,7 +292,7 @@ def is_finished(out: Path, encoding: Encoding, shard: int) -> bool:
         found = MappedFile(path, _AGAIN)
     except UserError:
         return False
-    if found.layout() != encoding.tensors(last - first) or found.metadata not in (None, encoding.mark(shard)):
+    if found.layout() != encoding.tensors(last - first) or not encoding.owns(found, shard):
         return False
     _write_record(path, encoding, shard, found.tensors, sha256_file(path))
     return True
@@ -352,7 +356,7 @@ def open_shards(directory: str | Path, index: Index) -> Iterator[MappedFile]:
                 what = f"{name} is {_describe(layout.get(name))}, the index says {_describe(expected.get(name))}"
                 raise UserError(str(found.path), what, _AGAIN)
         number = int(found.path.stem.removeprefix("shard-"))
-        if found.metadata not in (None, index.encoding.mark(number)):  # None: written before there were any
+        if not index.encoding.owns(found, number):
             raise UserError(str(found.path), "is another shard, or of another encoding (by its header)", _AGAIN)
         yield found
 

@@ -124,8 +124,7 @@ class FolderSource(ImageSource):
         return Place(os.path.join(self.root, self.paths[index]), 0, int(self.sizes[index]), True)
 
     def _read(self, index: int) -> bytes:
-        path = os.path.join(self.root, self.paths[index])
-        size = int(self.sizes[index])
+        path, _, size, _ = self._place(index)
         descriptor = os.open(path, os.O_RDONLY)  # open() takes twice the time, which counts at 15,000 images/s
         try:
             data = os.read(descriptor, size + 1)
@@ -148,7 +147,7 @@ class TarSource(ImageSource):
         return Place(self.tars[int(self.members[index])], int(self.offsets[index]), int(self.sizes[index]), False)
 
     def _read(self, index: int) -> bytes:
-        tar, offset, size = self.tars[int(self.members[index])], int(self.offsets[index]), int(self.sizes[index])
+        tar, offset, size, _ = self._place(index)
         with open(tar, "rb", buffering=0) as stream:
             data = os.pread(stream.fileno(), size, offset)
         if len(data) != size:

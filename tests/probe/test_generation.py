@@ -86,6 +86,28 @@ def test_c_of_three():
     assert true_distance(THREE_CLOSE, found.schedule, 3) < 1.15 * min(truth.values())
 
 
+FOUR = {
+    name: candidate_family(NAMES, ROLES, {})[name]
+    for name in ("synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade")
+}
+
+
+def search_four(generate, samples, energy=0.0):
+    """Among FOUR, by the distance of samples of one number each to the standard normal distribution."""
+    unit = GaussianStatistics(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+    return search(
+        FOUR,
+        ROLES,
+        generate,
+        Scorer(lambda z: z.flatten(1), unit),
+        sample_flops=1.0,
+        budget=Budget(1e9, "test"),
+        allowance=samples,
+        energy=energy,
+        progress=False,
+    )
+
+
 @pytest.mark.parametrize(
     ("energy", "shift", "chosen"),
     [
@@ -98,26 +120,13 @@ def test_c_of_three():
 )
 def test_of_near_equals_the_gentlest(energy, shift, chosen):
     """Candidates at known distances 1 (KE 1.300), 1 + shift (KE 1.135), 1.4 (KE 1), and far ones."""
-    family = candidate_family(NAMES, ROLES, {})
-    names = ["synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade"]
     distances = {"offset 0.3": 1.0, "power 2/1 floor 0.1": 1 + shift, "synchronous": 1.4}
-    shifts = {family[name].fingerprint: distance**0.5 for name, distance in distances.items()}
-    unit = GaussianStatistics(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+    shifts = {FOUR[name].fingerprint: distance**0.5 for name, distance in distances.items()}
 
     def generate(schedule, indices):  # mean c, variance 1: at distance c^2
         return (shifts.get(schedule.fingerprint, 3.0) + 1.0 - 2.0 * (indices % 2)).double()[:, None, None, None]
 
-    found = search(
-        {name: family[name] for name in names},
-        ROLES,
-        generate,
-        Scorer(lambda z: z.flatten(1), unit),
-        sample_flops=1.0,
-        budget=Budget(1e9, "test"),
-        allowance=10_000,
-        energy=energy,
-        progress=False,
-    )
+    found = search_four(generate, 10_000, energy)
     assert found.label == chosen
     row = next(row for row in found.rows if row["label"] == chosen)
     assert row["distance"] == pytest.approx(distances[chosen], rel=1e-3)
@@ -128,27 +137,15 @@ def test_of_near_equals_the_gentlest(energy, shift, chosen):
 def test_a_neighbour_must_be_better_than_its_noise(gain, moves):
     """Samples c + 1, c - 1, ... and c - 1, c + 1, ...: distances c^2 without error, whose difference has the noise
     4 c / sqrt(N) all the same: 0.06 at 4,000 samples."""
-    family = candidate_family(NAMES, ROLES, {})
-    names = ["synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade"]
-    far = {family[name].fingerprint: 9.0 for name in names} | {family["power 2/1 floor 0.1"].fingerprint: 1.0}
-    unit = GaussianStatistics(torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
+    far = {schedule.fingerprint: 9.0 for schedule in FOUR.values()} | {FOUR["power 2/1 floor 0.1"].fingerprint: 1.0}
 
     def generate(schedule, indices):
         known = schedule.fingerprint in far
         centre = far.get(schedule.fingerprint, 1.0 - gain) ** 0.5
         return (centre + (1.0 - 2.0 * (indices % 2)) * (1 if known else -1)).double()[:, None, None, None]
 
-    found = search(
-        {name: family[name] for name in names},
-        ROLES,
-        generate,
-        Scorer(lambda z: z.flatten(1), unit),
-        sample_flops=1.0,
-        budget=Budget(1e9, "test"),
-        allowance=40_000,
-        progress=False,
-    )
-    assert len(found.rows) > len(names)  # neighbours were tried
+    found = search_four(generate, 40_000)
+    assert len(found.rows) > len(FOUR)  # neighbours were tried
     assert (found.label != "power 2/1 floor 0.1") == moves
 
 
