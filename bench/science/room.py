@@ -1,6 +1,7 @@
 """Question 9: how much room is there above the best fixed schedule, whatever rule chooses?
 
-Random members of the learned class are trained on the scan's first seed, the best of them again on the headline seeds.
+Random members of the learned class, and smooth leads of many sizes and places (convex or not), are trained on the
+scan's first seed, the best of them again on the headline seeds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import numpy as np
 from bench.science.compare import against, fids, geometric
 from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
-from bench.science.specs import SCAN_SEED, Spec, random_schedule
+from bench.science.specs import MEMBERS, SCAN_SEED, Spec
 
 
 def _members(ledger: Ledger) -> list[str]:
-    return [f"random:{number}" for number in range(ledger.study.members)]
+    return [*(f"random:{number}" for number in range(ledger.study.members)), *ledger.study.shapes]
 
 
 def _means(ledger: Ledger, names: Sequence[str]) -> dict[str, float]:
@@ -32,7 +33,7 @@ def _means(ledger: Ledger, names: Sequence[str]) -> dict[str, float]:
 
 
 def _best(ledger: Ledger) -> str | None:
-    """The best random member, once every one has been trained (or has failed)."""
+    """The best of them, once every one has been trained (or has failed)."""
     means = _means(ledger, _members(ledger))
     return None if any(map(ledger.missing, _first(ledger))) else min(means, key=means.__getitem__, default=None)
 
@@ -54,15 +55,17 @@ def _report(ledger: Ledger) -> Report:
     reps = study.common().representations
     fixed, members = _means(ledger, study.fixed), _means(ledger, _members(ledger))
     for name in sorted(members, key=members.__getitem__):
-        lead = random_schedule(name, reps.names, reps.roles).lead()
-        rows.append({"schedule": name, "lead": lead, **fids(ledger, Spec(name, 0), study.headline, [SCAN_SEED])})
+        schedule = MEMBERS[name.partition(":")[0]](name, reps.names, reps.roles)
+        rows.append(
+            {"schedule": name, "lead": schedule.lead(), **fids(ledger, Spec(name, 0), study.headline, [SCAN_SEED])}
+        )
     best = _best(ledger)
     if best and fixed:
         rival = min(fixed, key=fixed.__getitem__)
         change = math.expm1(members[best] - fixed[rival])
         sentences.append(
-            f"On the seed that they were chosen on, the best of {len(members)} random members is {change:+.1%} against "
-            f"the best of {len(fixed)} fixed schedules ({rival}); the spread of the random ones is "
+            f"On the seed that they were chosen on, the best of {len(members)} schedules is {change:+.1%} against "
+            f"the best of {len(fixed)} fixed schedules ({rival}); their spread is "
             f"{math.expm1(np.std(list(members.values()), ddof=1)):.1%}."
         )
         for name in dict.fromkeys(["synchronous", ledger.rival, best]):
@@ -73,7 +76,8 @@ def _report(ledger: Ledger) -> Report:
             if found:
                 sentences.append(f"{sampler}: {best} against {ledger.rival} {found} ({found.verdict}).")
     sections = [
-        Section("members", f"Random members of the learned class on seed {SCAN_SEED}: FID, the best first.",
+        Section("members", f"Random members of the learned class, and leads of L at m (lead:L@m), on seed {SCAN_SEED}: "
+                "FID, the best first.",
                 ["schedule", "lead", *study.headline], rows),
         Section("again", "The best of them on the headline seeds: FID.", ["schedule", *study.headline, "all"], again),
     ]  # fmt: skip

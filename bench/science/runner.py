@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.science.specs import LEARNED, Spec, Study, Way, nfe, random_schedule, sampler
+from bench.science.specs import LEARNED, MEMBERS, Spec, Study, Way, nfe, sampler
 from bench.science.table import locked
 from fastasync import sampling
 from fastasync.config import Config
@@ -111,8 +111,8 @@ class Workshop:
     def schedule(self, spec: Spec) -> Schedule:
         """The schedule of a line of training; what is learned is learned once and kept."""
         reps = self.study.common(spec.representations).representations
-        if spec.schedule.startswith("random:"):
-            return random_schedule(spec.schedule, reps.names, reps.roles)
+        if member := MEMBERS.get(spec.schedule.partition(":")[0]):
+            return member(spec.schedule, reps.names, reps.roles)
         if spec.schedule not in LEARNED:
             return named_schedule(spec.schedule, reps.names, reps.roles)
         path = self.schedule_file(spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from fastasync.config import Config, apply_settings
 from fastasync.errors import unknown_name
 from fastasync.presets import preset
 from fastasync.sampling import evaluations
+from fastasync.schedule import Schedule, TableSchedule
 from fastasync.schedule.convex import KNOTS, ConvexSchedule
 
 LEARNED = ("A", "B", "C")
@@ -79,6 +80,7 @@ class Study:
     integrators: tuple[tuple[str, ...], ...]
     rules: tuple[str, ...] = LEARNED
     members: int = 0  # random members of the learned class that question 9 trains
+    shapes: tuple[str, ...] = ()  # "lead:L@m" that it trains (``shaped_schedule``)
     longer: int = 4
     serves: int = 0  # steps of the run whose FLOPs the probe's budget is a share of; 0: ``steps``
     sample_batch: int = 2500
@@ -182,6 +184,27 @@ def random_schedule(name: str, names: Sequence[str], roles: Sequence[str]) -> Co
             return schedule
 
 
+def shaped_schedule(name: str, names: Sequence[str], roles: Sequence[str]) -> TableSchedule:
+    """``lead:0.3@0.25`` -> what leads is ahead of what lags by at most 0.3, at a mean local time of 0.25.
+
+    The mean m of both goes from 0 to 1 evenly, and they lie ``g(m) / 2`` above and below it.  g is ``m^a (1 - m)^b``,
+    scaled to that largest lead, with a / (a + b) its place and 1 the smaller exponent: smooth, and not always convex.
+    """
+    lead, place = map(float, name.removeprefix("lead:").split("@"))
+    a, b = (1.0, (1 - place) / place) if place <= 0.5 else (place / (1 - place), 1.0)
+    m = np.linspace(0, 1, 513)
+    gap = lead * m**a * (1 - m) ** b / (place**a * (1 - place) ** b)
+    side = {"leads": 0.5, "lags": -0.5, "free": 0.0}
+    return TableSchedule(names, m.tolist(), np.stack([m + side[role] * gap for role in roles], 1).tolist())
+
+
+# by the first part of their names
+MEMBERS: dict[str, Callable[[str, Sequence[str], Sequence[str]], Schedule]] = {
+    "random": random_schedule,
+    "lead": shaped_schedule,
+}
+
+
 def nfe(name: str) -> int | None:
     """Function evaluations of a sampler; None for dopri5, which adapts."""
     way = sampler(name)
@@ -234,6 +257,11 @@ STUDIES = {
         integrators=(_integrators(9), _integrators(25)),
         third=("representations.names=texture,lowfreq,semantic", "representations.channels=48,3,16", _THIRD_ROLES),
         members=12,
+        shapes=(
+            *("lead:0.1@0.25", "lead:0.18@0.25", "lead:0.1@0.35", "lead:0.2@0.35", "lead:0.28@0.35"),
+            *("lead:0.1@0.5", "lead:0.2@0.5", "lead:0.3@0.5", "lead:0.4@0.5"),
+            *("lead:0.1@0.65", "lead:0.2@0.65", "lead:0.28@0.65", "lead:0.1@0.75", "lead:0.18@0.75"),
+        ),
     ),
     # 1,500 images saturate the preset: a smaller network is compared far before that.  Its probe costs more
     # than a run: 1 % of one is three steps (PROTOCOL.md)

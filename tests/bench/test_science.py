@@ -14,7 +14,7 @@ from bench.harness import ROOT
 from bench.science import plan, rules, study
 from bench.science.plan import FAILED, Ledger, Question, RankJob, Rates, TrainJob, merge
 from bench.science.runner import Workshop
-from bench.science.specs import SAMPLE_SEED, STUDIES, Spec, nfe, random_schedule, sampler
+from bench.science.specs import SAMPLE_SEED, STUDIES, Spec, nfe, random_schedule, sampler, shaped_schedule
 from bench.science.statistics import paired, spearman, steps_to_reach, summary
 from bench.science.table import Table, markdown
 from fastasync.errors import UserError
@@ -262,12 +262,36 @@ def test_random_members_of_the_class():
         assert random_schedule(f"random:{number}", names, roles).fingerprint == schedule.fingerprint
 
 
+def test_shaped_leads():
+    names, roles = ("texture", "lowfreq", "semantic"), ("lags", "free", "leads")
+    s = torch.linspace(0, 1, 513, dtype=torch.float64)
+    for name in STUDIES["cifar10"].shapes:
+        schedule = shaped_schedule(name, names, roles)
+        lead, place = map(float, name.removeprefix("lead:").split("@"))
+        assert check_monotone(schedule) is None
+        tau = schedule(s).tau
+        assert torch.allclose(tau.mean(1), s)
+        assert torch.allclose(tau[:, 1], s)
+        gap = tau[:, 2] - tau[:, 0]
+        assert float(gap.max()) == pytest.approx(lead, rel=1e-4)
+        assert float(gap.min()) >= 0
+        assert float(s[gap.argmax()]) == pytest.approx(place, abs=2 / 512)
+
+
 def test_the_room_above_the_best_fixed_schedule(tmp_path):
-    """The best random member on the scan's seed is trained again, and only that second figure judges it."""
-    ledger = Ledger(replace(TINY, members=3), [3, 4], tmp_path)
+    """The best member on the scan's seed is trained again, and only that second figure judges it."""
+    ledger = Ledger(replace(TINY, members=2, shapes=("lead:0.2@0.5",)), [3, 4], tmp_path)
     question = study.QUESTIONS[9]
-    assert [job.spec for job in question.jobs(ledger, None)] == [Spec(f"random:{n}", 100) for n in range(3)]
-    for name, value in {"synchronous": 5.0, "power:2": 4.0, "random:0": 5.0, "random:1": 3.0, "random:2": 6.0}.items():
+    assert [job.spec for job in question.jobs(ledger, None)] == [
+        Spec(name, 100) for name in ("random:0", "random:1", "lead:0.2@0.5")
+    ]
+    for name, value in {
+        "synchronous": 5.0,
+        "power:2": 4.0,
+        "random:0": 5.0,
+        "random:1": 3.0,
+        "lead:0.2@0.5": 6.0,
+    }.items():
         fake(ledger, Spec(name, 100), {"heun2": value, "heun4": value})
     again = {job.spec for job in question.jobs(ledger, None)[3:]}
     assert again == {Spec(name, seed) for name in ("random:1", "synchronous", "power:2") for seed in (3, 4)}
@@ -275,7 +299,7 @@ def test_the_room_above_the_best_fixed_schedule(tmp_path):
         fake(ledger, Spec("random:1", seed), {"heun2": value, "heun4": value})
         fake(ledger, Spec("power:2", seed), {"heun2": 4.0, "heun4": 4.0})
     report = question.report(ledger)
-    assert [row["schedule"] for row in report.sections[0].rows] == ["random:1", "random:0", "random:2"]
+    assert [row["schedule"] for row in report.sections[0].rows] == ["random:1", "random:0", "lead:0.2@0.5"]
     assert "-25.0% against the best of 2 fixed schedules (power:2)" in report.sentences[0]
     assert report.sentences[1] == "heun2: random:1 against power:2 +7.5 ± 3.5 %, 0 of 2 seeds better (worse)."
 
