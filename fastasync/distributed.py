@@ -146,6 +146,18 @@ class Session:
         self.from_main(lambda: result.append(work()))
         return result[0] if result else None
 
+    def gather(self, own: T) -> list[T]:
+        """Every rank's ``own`` (pickled), in their order.  All call it, in the same order, and wait without a limit."""
+        if self.world == 1:
+            return [own]
+        key, store = f"gather/{next(self._calls)}", self.meet()
+        keys = [f"{key}/{rank}" for rank in range(self.world)]
+        with explained_loss():
+            store.set(keys[self.rank], pickle.dumps(own))
+            while not store.check(keys):
+                time.sleep(_POLL / 4)
+            return [pickle.loads(store.get(each)) for each in keys]
+
     def barrier(self) -> None:
         """Wait for every rank, without a limit."""
         if self.world > 1:

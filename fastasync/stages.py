@@ -229,7 +229,7 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
     sample = config.sample
 
     def autocast(network: Any) -> Any:
-        dtype = prepare_sampling(network, sample.batch, config.sampling_precision, device)
+        dtype = prepare_sampling(network, sample.batch, config.sampling_precision, device, session().gather)
 
         def call(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):

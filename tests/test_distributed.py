@@ -1,5 +1,6 @@
 """Ranks of a run as forked processes: they meet, wait for rank 0's work, and say in one line who is missing or gone."""
 
+import hashlib
 import os
 import signal
 import socket
@@ -8,14 +9,17 @@ import time
 import pytest
 import torch
 
-from fastasync import rendezvous
+from fastasync import rendezvous, stages
+from fastasync.config import config_from_dict
 from fastasync.distributed import RankLost, Session
 from fastasync.distributed import session as this_session
 from fastasync.errors import UserError
+from fastasync.model import LightningDiT
 from fastasync.representations import train_semvae
 from fastasync.representations.semvae import SemVAESettings
 from fastasync.representations.train_semvae import SemVAETraining
 from fastasync.sampling import generate_images
+from fastasync.training import build_model
 
 
 @pytest.fixture
@@ -132,6 +136,46 @@ def test_a_rank_killed_while_a_semvae_is_trained(ranks, tmp_path):
     assert (out / "checkpoint-00000008.safetensors").exists()
     assert not list(out.glob(".*.partial"))
     assert "quality" in work(None)
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_ranks_sample_with_rank_0s_backends(ranks, monkeypatch, possible):
+    """Each has measured for itself; or with PyTorch's own, where rank 1 cannot run those of rank 0."""
+    shape = dict(depth=1, width=16, heads=2, classes=3)
+    config = config_from_dict({"representations": dict(channels=[2, 2], grid=2), "model": shape})
+    choose, cpu = LightningDiT.choose_attention, torch.device("cpu")
+
+    def attention(model, batch, dtype, gradient=True, backend=""):
+        assert not gradient
+        if backend == "reference" and this_session().rank == 1 and not possible:
+            raise UserError("model.attention", backend, "this test says that it cannot run here")
+        return choose(model, batch, dtype, gradient, backend or ("reference", "sdpa")[this_session().rank])
+
+    def images(backend=None):
+        torch.manual_seed(0)
+        model = build_model(config).eval()
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight)
+        with torch.no_grad():
+            velocity = stages._velocity(config, model, cpu, "").velocity
+            if backend:
+                choose(model, 4, torch.float32, False, backend)
+            found = velocity(torch.randn(4, 4, 2, 2), torch.full((4, 2), 0.5), torch.arange(4) % 3)
+        return hashlib.sha256(found.numpy().tobytes()).hexdigest()
+
+    expected = [images("sdpa"), images("reference")]
+    assert expected[0] != expected[1]
+    monkeypatch.setattr(LightningDiT, "choose_attention", attention)
+    assert ranks(2, lambda here: images()) == [f"done {expected[possible]}"] * 2
+
+
+def test_what_each_rank_says_in_their_order(ranks):
+    def work(here):
+        first = here.gather((here.rank, "é"))
+        return first == [(rank, "é") for rank in range(3)] and here.gather(here.rank) == [0, 1, 2]
+
+    assert ranks(3, work) == ["done True"] * 3
+    assert Session({}).gather(1) == [1]
 
 
 def test_more_ranks_than_batches_of_samples(tmp_path):

@@ -30,7 +30,7 @@ from bench.harness import RESULTS, Bench, Row, WrongResult, device_name, summari
 from bench.subjects.data import DECIBELS, psnr, write_jpegs
 from fastasync.errors import require
 from fastasync.images import ImageSource, open_images
-from fastasync.images.dali_loader import HALVINGS, DaliLoader, Feed, Form, _halve_both, _Taker, build, feed_of
+from fastasync.images.dali_loader import HALVINGS, READERS, DaliLoader, Feed, Form, _halve_both, _Taker, build, feed_of
 from fastasync.images.loader import read_ahead
 
 SIZE = 256
@@ -60,9 +60,8 @@ class Variant(NamedTuple):
 def feeds(source: ImageSource, setting: Setting) -> Iterator[Feed]:
     """The source's files from memory, batch after batch without end."""
     loader = DaliLoader(source, SIZE, (), setting.batch)
-    files = loader._files(list(range(len(source))))
-    parts = [files[at : at + setting.batch] for at in range(0, len(files), setting.batch)]
-    return itertools.cycle([feed_of(part, SIZE) for part in parts])
+    batches = torch.arange(len(source)).split(setting.batch)
+    return itertools.cycle([feed_of(loader._files(batch.tolist()), SIZE) for batch in batches])
 
 
 def from_memory(form: Form) -> Callable[[ImageSource, Setting, torch.device], Iterator[Tensor]]:
@@ -144,9 +143,9 @@ def loader(form: Form) -> Callable[[ImageSource, Setting, torch.device], Iterato
 
 def files(source: ImageSource, setting: Setting, device: torch.device) -> Iterator[Any]:
     """Read and their headers parsed, as the loader does it."""
-    work = DaliLoader(source, SIZE, (), setting.batch)._files
+    read = DaliLoader(source, SIZE, (), setting.batch)._files
     batches = itertools.cycle(torch.arange(len(source)).split(setting.batch))
-    for _, found in read_ahead(batches, work, 1):
+    for _, (found,) in read_ahead(batches, lambda indices: [read(indices)], READERS, 1):
         yield found
 
 

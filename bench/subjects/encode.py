@@ -25,7 +25,7 @@ from fastasync.data.shards import Encoding, write_shard
 from fastasync.encode import encode
 from fastasync.errors import UserError
 from fastasync.images import ImageSource, open_images, open_source
-from fastasync.images.dali_loader import READING_THREADS
+from fastasync.images.dali_loader import READERS, READING_THREADS
 from fastasync.images.loader import read_ahead
 from fastasync.images.read import library
 from fastasync.representations import Bundle, build
@@ -129,7 +129,8 @@ def reading(bench: Bench, source: ImageSource, size: int, batch: int) -> Tensor:
 
     order = torch.arange(count).split(batch)
     readers = min(loader.workers, READING_THREADS) if library() else 1
-    timed(read_ahead(order, lambda indices: source.read_many(indices, readers), 1), "files", f"{readers} threads")
+    read = read_ahead(order, lambda indices: [source.read_many(indices, readers)], READERS, 1)
+    timed(read, "files", f"{readers} threads for each of {READERS} batches")
     return timed(loader, "decode and crop", f"{loader.backend}, {threads}").images
 
 

@@ -8,15 +8,15 @@ decoder the same libjpeg-turbo on the CPU and nvJPEG on the GPU.
 nvJPEG has two ways to bring subsampled chroma to full size: repeating it, and interpolating it as libjpeg-turbo does,
 which is as fast and nearer to Pillow (bench/NOTES.md).
 
-Files are read by a compiled reader, many in one call (fastasync/images/read.py): what is left to Python is to look at
-their headers.
+A compiled reader reads a batch of files in one call, and looks at the headers of JPEGs (fastasync/images/read.py): what
+Python does under its lock takes time from the thread that feeds DALI.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +25,13 @@ from torch import Tensor
 
 from fastasync.errors import require
 from fastasync.images.loader import ImageBatch, ImageLoader, read_ahead
+from fastasync.images.read import Files
 from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import BadImage, as_plain
 
 GPU_THREADS = 16  # of DALI beside a GPU, at most: 64 were slower (bench/NOTES.md)
-READING_THREADS = 16  # of the compiled reader, at most
+READERS = 2  # batches that are read at a time
+READING_THREADS = 16  # of the compiled reader for each, at most
 HALVINGS = 3  # a shorter side of up to 16 x the target is halved as ADM does it; beyond, the cubic filter does the rest
 
 
@@ -48,14 +50,6 @@ class Form(NamedTuple):
     halving: bool = True
 
 
-class Encoded(NamedTuple):
-    """A file as DALI gets it: uint8 [bytes], and the size of the image in it."""
-
-    data: np.ndarray
-    width: int
-    height: int
-
-
 class Feed(NamedTuple):
     """What one call of a pipeline reads, all kept alive until it has: files, and the geometry of their crops.
 
@@ -70,10 +64,10 @@ class Feed(NamedTuple):
     stop: np.ndarray
 
 
-def feed_of(files: Sequence[Encoded], size: int, most: int = HALVINGS) -> Feed:
+def feed_of(files: Files, size: int, most: int = HALVINGS) -> Feed:
     """ADM's geometry (``centre_crop``) with at most ``most`` halvings; the sums are those that it computes."""
-    sizes = np.array([(file.height, file.width) for file in files], np.int32)
-    halvings, halved = np.zeros((len(files), 1), np.int32), sizes.copy()
+    sizes = files.sizes[:, ::-1].copy()  # (height, width)
+    halvings, halved = np.zeros((len(sizes), 1), np.int32), sizes.copy()
     for _ in range(most):
         large = halved.min(1) >= 2 * size
         halvings += large[:, None]
@@ -82,7 +76,7 @@ def feed_of(files: Sequence[Encoded], size: int, most: int = HALVINGS) -> Feed:
     full = np.round(halved * scale)  # to even, as Python's round
     first = (full - size) // 2
     start, stop = (edge * halved / full for edge in (first, first + size))
-    return Feed([file.data for file in files], halvings, sizes, start.astype(np.float32), stop.astype(np.float32))
+    return Feed(files.data, halvings, sizes, start.astype(np.float32), stop.astype(np.float32))
 
 
 def _halve(dali: Any, image: Any, length: Any, axis: int) -> tuple[Any, Any]:
@@ -193,11 +187,11 @@ class DaliLoader(ImageLoader):
         first = next(batches, None)
         if first is None:
             return
-        ahead = read_ahead(itertools.chain([first], batches), self._files, 1)
+        ahead = read_ahead(itertools.chain([first], batches), lambda indices: [self._files(indices)], READERS, 1)
         pending: deque[tuple[Tensor, Feed]] = deque()  # keeps alive what DALI reads without copying
 
         def feeds() -> Iterator[Feed]:
-            for indices, files in ahead:
+            for indices, (files,) in ahead:
                 pending.append((indices, feed_of(files, self.size, HALVINGS if self.form.halving else 0)))
                 yield pending[-1][1]
 
@@ -218,14 +212,14 @@ class DaliLoader(ImageLoader):
         finally:
             ahead.close()
 
-    def _files(self, indices: list[int]) -> list[Encoded]:
-        files = []
-        for index, read in zip(indices, self.source.read_many(indices, min(self.workers, READING_THREADS))):
+    def _files(self, indices: list[int]) -> Files:
+        files = self.source.read_many(indices, min(self.workers, READING_THREADS))
+        for number in np.flatnonzero(files.sizes[:, 0] == 0).tolist():  # others than plain JPEGs
             try:
-                data, width, height = as_plain(read)
+                data, *files.sizes[number] = as_plain(files.data[number].data)
             except BadImage as error:
-                raise self._bad_file(index, str(error)) from None
-            files.append(Encoded(np.frombuffer(data, np.uint8), width, height))
+                raise self._bad_file(indices[number], str(error)) from None
+            files.data[number] = np.frombuffer(data, np.uint8)
         return files
 
     def _name_bad_file(self, indices: list[int]) -> None:

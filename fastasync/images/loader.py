@@ -98,17 +98,18 @@ def shard_batches(order: Tensor, batch: int, rank: int = 0, world: int = 1, star
 
 
 def read_ahead(
-    batches: Iterable[Tensor], work: Callable[[list[int]], list[Item]], workers: int
+    batches: Iterable[Tensor], work: Callable[[list[int]], list[Item]], workers: int, parts: int | None = None
 ) -> Generator[tuple[Tensor, list[Item]], None, None]:
     """(batch, ``work``'s items for its indices), in order, up to AHEAD + 1 batches ahead on ``workers`` threads.
 
-    ``work`` gets parts of a batch.  Its first exception is raised in the batch it belongs to.
+    ``work`` gets a batch in ``parts`` parts (default: two for each worker).  Its first exception is raised in the batch
+    it belongs to.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     pending: deque[tuple[Tensor, list[Future[list[Item]]]]] = deque()
     try:
         for indices in batches:
-            part = max(1, -(-len(indices) // (2 * workers)))
+            part = max(1, -(-len(indices) // (parts or 2 * workers)))
             pending.append((indices, [pool.submit(work, piece.tolist()) for piece in indices.split(part)]))
             if len(pending) > AHEAD:
                 yield _collect(*pending.popleft())

@@ -1,7 +1,8 @@
 """Reading a batch of files in one call that leaves Python's lock alone (csrc/read_files.cpp).
 
 Each file costs Python four system calls, after each of which it waits for its lock: beside a busy main thread several
-reading threads were slower than one (bench/NOTES.md).  Where the library was not built, Python reads.
+reading threads were slower than one (bench/NOTES.md).  The headers of JPEGs are looked at there too.  Where the library
+was not built, Python does both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ABI = 1  # kAbi in csrc/read_files.cpp
+ABI = 2  # kAbi in csrc/read_files.cpp
 
 
 class Place(NamedTuple):
@@ -26,6 +27,13 @@ class Place(NamedTuple):
     offset: int
     size: int
     whole: bool
+
+
+class Files(NamedTuple):
+    """Image files: their bytes, each uint8 [bytes], and ``sizes``, int32 [n, 2]: their ``plain_size``, else (0, 0)."""
+
+    data: list[np.ndarray]
+    sizes: np.ndarray
 
 
 @functools.cache
@@ -42,15 +50,15 @@ def library() -> Any | None:
         warnings.warn(f"{error}; Python reads files instead (rebuild: pip install -e .)", stacklevel=2)
         return None
     pointer = ctypes.c_void_p
-    found.fastasync_read_files.argtypes = [pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer]
+    found.fastasync_read_files.argtypes = [pointer, pointer, ctypes.c_int64, pointer, ctypes.c_int, pointer, pointer]
     found.fastasync_read_files.restype = None
     return found
 
 
-def read_places(places: Sequence[Place], threads: int) -> list[memoryview | None]:
-    """The bytes of each place, read on ``threads`` threads; None for one that could not be read as it should be.
+def read_places(places: Sequence[Place], threads: int) -> tuple[Files, list[int]]:
+    """What is at each place, read on ``threads`` threads, and the numbers of what could not be read as it should be.
 
-    They are parts of one block of memory, which lives as long as any of them.
+    The data are parts of one block of memory, which lives as long as any of them.
     """
     reader = library()
     assert reader is not None
@@ -60,10 +68,10 @@ def read_places(places: Sequence[Place], threads: int) -> list[memoryview | None
     table[:, 3] = [place.whole for place in places]
     ends = table[:, 1].cumsum()
     table[:, 2] = ends - table[:, 1]
-    buffer = np.empty(int(ends[-1]) if count else 0, np.uint8)
+    block = np.empty(int(ends[-1]) if count else 0, np.uint8)
     paths = (ctypes.c_char_p * count)(*[os.fsencode(place.path) for place in places])
-    codes = np.zeros(count, np.int32)
-    reader.fastasync_read_files(paths, table.ctypes.data, count, buffer.ctypes.data, threads, codes.ctypes.data)
-    block = buffer.data
-    bounds = zip(table[:, 2].tolist(), ends.tolist(), codes.tolist())
-    return [block[start:end] if code == 0 else None for start, end, code in bounds]
+    codes, sizes = np.empty(count, np.int32), np.empty((count, 2), np.int32)
+    arrays = codes.ctypes.data, sizes.ctypes.data
+    reader.fastasync_read_files(paths, table.ctypes.data, count, block.ctypes.data, threads, *arrays)
+    bounds = zip(table[:, 2].tolist(), ends.tolist())
+    return Files([block[start:end] for start, end in bounds], sizes), codes.nonzero()[0].tolist()

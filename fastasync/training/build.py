@@ -96,11 +96,14 @@ class Backends(NamedTuple):
     fused: bool
 
 
-def agree_on_backends(model: LightningDiT, batch: int, dtype: torch.dtype, gather: Gather) -> None:
+def agree_on_backends(
+    model: LightningDiT, batch: int, dtype: torch.dtype, gather: Gather, gradient: bool = True
+) -> None:
     """Take rank 0's backends on every rank: each has measured for itself, and times have noise.
 
     Gradients come in another order with other backends, so ZeRO 2 would reduce other ones together on each rank, and
-    sums would be of numbers that are rounded in different ways.  Where a rank cannot run them, all take PyTorch's own.
+    sums would be of numbers that are rounded in different ways; a sample would depend on the rank that made it.  Where
+    a rank cannot run them, all take PyTorch's own.
     Raises UserError where Triton's kernels run on some ranks only.
     """
     linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
@@ -116,8 +119,8 @@ def agree_on_backends(model: LightningDiT, batch: int, dtype: torch.dtype, gathe
 
     def take(attention: str, mlp: str) -> bool:
         try:
-            model.choose_attention(batch, dtype, backend=attention)
-            model.choose_mlp(batch, dtype, backend=mlp)
+            model.choose_attention(batch, dtype, gradient, attention)
+            model.choose_mlp(batch, dtype, gradient, mlp)
         except UserError as error:
             _log.warning("%s", error)
             return False
@@ -130,11 +133,14 @@ def agree_on_backends(model: LightningDiT, batch: int, dtype: torch.dtype, gathe
         linear.parts = parts
 
 
-def prepare_sampling(model: LightningDiT, batch: int, precision: str, device: torch.device) -> torch.dtype | None:
+def prepare_sampling(
+    model: LightningDiT, batch: int, precision: str, device: torch.device, gather: Gather = lambda own: [own]
+) -> torch.dtype | None:
     """Make a network on ``device`` ready to be sampled from, ``batch`` samples at a time; returns its autocast dtype.
 
     Fixes the backends of attention and MLP for passes without gradients, and brings the weights, which must not change
-    any more, into the form that the products take.  ``precision``: ``auto``, ``bf16``, ``fp32`` or ``fp8``.
+    any more, into the form that the products take.  ``precision``: ``auto``, ``bf16``, ``fp32`` or ``fp8``;
+    ``gather``: as for ``prepare_model``.
     Raises UserError for what cannot run here.
     """
     dtype = choose_autocast(precision, device)
@@ -143,6 +149,7 @@ def prepare_sampling(model: LightningDiT, batch: int, precision: str, device: to
         use_fp8(model, device, frozen=True)
     else:
         model.choose_mlp(batch, dtype or torch.float32, gradient=False)
+    agree_on_backends(model, batch, dtype or torch.float32, gather, gradient=False)
     if dtype is not None:
         round_linears(model, dtype)
     for module in model.modules():

@@ -42,7 +42,7 @@ from fastasync.model import LightningDiT
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
-from fastasync.training.deepspeed_json import deepspeed_json, reduction_fields, zero_of
+from fastasync.training.deepspeed_json import Asked, check_known, deepspeed_json, reduction_fields, zero_of
 from fastasync.training.deepspeed_shards import Shards, whole_packs
 from fastasync.training.engine import (
     OPTIMIZER,
@@ -414,8 +414,11 @@ def _brief(error: Exception) -> str:
 
 
 def _check_json(config: Config, world: int) -> None:
-    """Raises UserError where DeepSpeed does not understand the user's JSON, which it would say after work has begun."""
-    settings = deepspeed_json(config, world)
+    """Raises UserError for what DeepSpeed does not understand in the user's JSON, or does not read at all.
+
+    Of the former it would say so after work has begun, of the latter never.
+    """
+    settings = Asked(deepspeed_json(config, world))
     del settings["train_batch_size"]  # it compares with the ranks that have met, which are none yet
     read = require("deepspeed.runtime.config", "deepspeed").DeepSpeedConfig
     log = logging.getLogger("DeepSpeed")
@@ -428,3 +431,4 @@ def _check_json(config: Config, world: int) -> None:
         raise UserError("train.deepspeed_config", config.train.deepspeed_config, what) from None
     finally:
         log.setLevel(level)
+    check_known(config, settings)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastasync.config import Config
-from fastasync.errors import UserError
+from fastasync.errors import UserError, unknown_name
 from fastasync.model import Zero
 from fastasync.training.build import trains_working_weights
 
@@ -47,6 +47,41 @@ _REDUCTION = {
 
 # Fields of zero_optimization that keep on the host what our optimizer updates on the device.
 _OFFLOADS = ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "cpu_offload_params")
+
+
+# What deepspeed.initialize reads itself, besides its DeepSpeedConfig.
+_INITIALIZE = {"data_parallel_size", "sequence_parallel_size"}
+
+
+class Asked(dict[str, Any]):
+    """Settings that note which of their names, given or not, a reader has asked for: those that DeepSpeed knows."""
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__(settings)
+        self.names: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        return self  # `name in settings.keys()` is a way of asking
+
+
+def check_known(config: Config, asked: Asked) -> None:
+    """Raises UserError for a name in the user's JSON that DeepSpeed, which has read ``asked``, would not notice."""
+    known = asked.names | _INITIALIZE
+    for name in _read(config.train.deepspeed_config):
+        if name not in known:
+            raise unknown_name(f"train.deepspeed_config: {config.train.deepspeed_config}", name, known)
 
 
 def deepspeed_json(config: Config, world: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from PIL import Image
 
 from fastasync.errors import UserError
 from fastasync.images import open_images, open_source, transforms
-from fastasync.images.dali_loader import Encoded, feed_of
+from fastasync.images.dali_loader import feed_of
+from fastasync.images.read import Files
 
 pytest.importorskip("nvidia.dali")
 
@@ -89,7 +90,7 @@ def test_the_geometry_is_adms(monkeypatch, size):
         (1600, 1700),
     ]
     shapes += [(128 + n, 301) for n in range(40)]
-    feed = feed_of([Encoded(np.zeros(1, np.uint8), *shape) for shape in shapes], size, most=9)
+    feed = feed_of(Files([], np.array(shapes, np.int32)), size, most=9)
     for number, shape in enumerate(shapes):
         steps.clear()
         crop = transforms.centre_crop(Image.new("RGB", shape), size)

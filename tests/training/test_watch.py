@@ -200,7 +200,26 @@ def test_what_deepspeed_does_not_understand_is_refused_before_any_work(tiny, tmp
 def test_a_json_that_deepspeed_understands(tiny, tmp_path):
     pytest.importorskip("deepspeed")
     mine = {"zero_optimization": {"overlap_comm": "auto", "reduce_bucket_size": 5e8}, "steps_per_print": 10}
+    mine |= {"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": False}}  # ours, as they are
+    mine |= {"communication_data_type": "fp32", "wall_clock_breakdown": True, "comms_logger": {"enabled": False}}
+    mine |= {"tensorboard": {"enabled": False}, "flops_profiler": {"enabled": False}, "sequence_parallel_size": 1}
     check_deepspeed(with_json(tiny, tmp_path, mine), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gradient_cliping", "did you mean 'gradient_clipping'"),
+        ("zero_optimisation", "did you mean 'zero_optimization'"),
+        ("stage", "choose one of .*communication_data_type"),  # known, but not there
+        ("enabled", "choose one of"),
+    ],
+)
+def test_what_deepspeed_would_not_notice_is_refused_before_any_work(tiny, tmp_path, name, says):
+    pytest.importorskip("deepspeed")
+    config = with_json(tiny, tmp_path, {"steps_per_print": 10, name: 1.0})
+    with pytest.raises(UserError, match=rf"train.deepspeed_config: .*ds.json: '{name}': {says}"):
+        check_deepspeed(config, 2)
 
 
 def test_what_is_held_follows_the_stage_and_the_weights(tiny, tmp_path):
