@@ -79,8 +79,10 @@ def configuration(size: str, batch: int, variant: str) -> Config:
 
 
 def backends(model: LightningDiT) -> str:
-    """Who computes a network's attention and MLPs: a row's note."""
-    return f"attention {model._ops.attention}, MLP {model._ops.mlp}" if model._ops else ""
+    """Who computes a network's attention and MLPs, and how wide the latter: a row's note."""
+    if model._ops is None:
+        return ""
+    return f"attention {model._ops.attention}, MLP {model._ops.mlp} {model.product_hidden} wide"
 
 
 def learned_schedule(config: Config) -> Schedule:
