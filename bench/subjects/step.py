@@ -18,12 +18,12 @@ from fastasync.model import train_flops
 # size, batch, variants; the order is that of importance
 PLANS = (
     ("XL", 256, ("pytorch regional", "ours regional", "ours fp8")),
-    ("XL", 256, ("ours fp8 graph",)),  # alone: a recording keeps its activations' memory
+    ("XL", 256, ("ours fp8 graph",)),  # alone: a recording keeps its activations' memory (small ones' fit beside)
     ("XL", 256, ("ours regional graph",)),
     ("cifar10", 256, ("ours graph uncompiled", "ours graph", "pytorch whole", "ours whole")),
-    ("B", 256, ("pytorch regional", "ours regional")),
+    ("B", 256, ("pytorch regional", "ours regional", "ours regional graph")),
     ("XL", 256, ("pytorch whole", "ours whole")),
-    ("S", 256, ("pytorch regional", "ours regional")),
+    ("S", 256, ("pytorch regional", "ours regional", "ours regional graph")),
     ("L", 256, ("pytorch regional", "ours regional")),
     ("XL", 256, ("ours regional", "ours regional plain MLP")),
 )

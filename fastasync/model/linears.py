@@ -29,7 +29,8 @@ class BlockLinear(nn.Linear):
         return self.zeros.shape_beside(self.weight)
 
     def product(self, x: Tensor, bias: Tensor) -> Tensor:
-        if self.fp8 is None and torch.is_grad_enabled() and (self.parts > 1 or self.zeros != NO_ZEROS):
+        wider = self.zeros.rows or self.zeros.columns
+        if self.fp8 is None and torch.is_grad_enabled() and (self.parts > 1 or wider):
             return weight_gradient.linear(x, self.weight, bias, self.parts, self.zeros)
         bias = self.zeros.beside(bias)
         if self.fp8 is not None and self.frozen is not None and not torch.is_grad_enabled():

@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, zeros: Ze
     """``F.linear`` in x's dtype for x [M, ..., K], weight [N, K] and bias [N], with the weight's gradient as above.
 
     Gradients have the dtypes of what they are of.  ``parts`` must divide the number of rows (ValueError).
-    ``zeros``: beside weight and bias, made for each product: x has K + columns features, the result N + groups rows.
+    ``zeros``: beside weight and bias, made for each product; x and the result have as many features more.
     """
     rows = x.shape[:-1].numel()
     if parts < 1 or rows % parts:

@@ -37,7 +37,7 @@ class Zeros(NamedTuple):
         return weight.shape[0] + self.groups * self.rows, weight.shape[1] + self.columns
 
     def beside(self, weight: Tensor) -> Tensor:
-        """weight [N, K] or bias [N] with the zeros: [N + groups rows, K + columns] or [N + groups rows]."""
+        """weight [N, K] with the zeros, [N + groups * rows, K + columns], or bias [N], [N + groups * rows]."""
         if not self.rows and not self.columns:
             return weight
         columns = (0, self.columns) if weight.dim() == 2 else ()
