@@ -26,6 +26,7 @@ PLANS = (
     ("S", 256, ("pytorch regional", "ours regional", "ours regional graph")),
     ("L", 256, ("pytorch regional", "ours regional")),
     ("XL", 256, ("ours regional", "ours regional plain MLP")),
+    ("L", 256, ("ours fp8",)),
 )
 
 

@@ -106,8 +106,9 @@ def test_what_is_kept_has_no_zeros(weights, backend):
 def test_compiled_equals_eager(dtype):
     inputs, g = draw(dtype)
     compiled = torch.compile(with_zeros, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    for one, other in zip(run(compiled, inputs, g), run(with_zeros, inputs, g)):
-        torch.testing.assert_close(one, other, rtol=2**-7 if dtype is HALF else 1e-5, atol=1e-3)
+    tolerance = 2**-7 if dtype is HALF else 1e-5  # Inductor does not round silu(a)
+    for name, one, other in zip(NAMES, run(compiled, inputs, g), run(with_zeros, inputs, g)):
+        assert float((one - other).norm()) <= tolerance * float(other.norm()), name
 
 
 # --- in quack's products (a stand-in here, itself on a GPU) and in fp8 ------------------------------------------------

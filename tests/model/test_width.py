@@ -128,6 +128,7 @@ def test_sampling_widens_once(build, batch, monkeypatch):
     model = make(build).requires_grad_(False)
     inputs = [part.to(DEVICE) for part in batch(model)]
     model.choose_width()
+    model.choose_attention(3, torch.float32, gradient=False)
     with torch.no_grad():
         expected = model(*inputs)
         build_module.prepare_sampling(model, 3, "fp32", DEVICE)
