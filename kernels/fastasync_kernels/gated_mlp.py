@@ -190,7 +190,7 @@ class FrozenMlp(NamedTuple):
 
 @torch.no_grad()
 def freeze_mlp(
-    w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype, backend: str = "quack", units: int = 0
+    w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype, backend: str, units: int = 0
 ) -> FrozenMlp:
     """The parameters in the order, the width and the dtype that a backend's products take, once for many calls."""
     sources = tuple(part.detach() for part in (w12, b12, w3, b3))
