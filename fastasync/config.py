@@ -94,7 +94,7 @@ class Model:
     width: int = _number(96, 8)
     heads: int = _number(4, 1)
     patch: int = _number(1, 1, 2)
-    mlp_multiple: int = _number(1, 1)  # the MLP's hidden width is rounded up to it; 1: as published, 64: fast products
+    mlp_multiple: int = _number(1, 1)  # the MLP's hidden width is rounded up to it (1: as published)
     classes: int = _number(10, 1)
     label_dropout: float = _number(0.1, 0.0, 1.0)
     repa_width: int = _number(0, 0)  # 0: no REPA projector

@@ -205,6 +205,14 @@ def test_plans_of_a_step_by_size_and_variants():
     assert [config.model.mlp for config in configs] == ["auto", "plain"]
 
 
+def test_a_variant_is_recorded_if_its_name_says_so():
+    """Not as train.cuda_graph=auto would choose by the size of a step; PyTorch's optimizer cannot be recorded."""
+    for name in workload.VARIANTS:
+        train = configuration("S", 256, name).train
+        said = train.cuda_graph if train.optimizer == "auto" else "off"
+        assert said == ("on" if "graph" in name else "off"), name
+
+
 def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
     """Where nobody has another the variant would be the same step twice."""
     names = ("ours eager", "ours eager plain MLP")

@@ -12,7 +12,8 @@ from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp
 from fastasync.config import Model, Train
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, dit
-from fastasync.model.dit import ATTENTION, MLP, BlockLinear
+from fastasync.model.dit import ATTENTION, MLP
+from fastasync.model.linears import BlockLinear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective, Times, stratified
 from fastasync.training import build as build_module
