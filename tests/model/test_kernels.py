@@ -249,6 +249,30 @@ def losses(kernels, steps, data_seed, dtype, size, batch=16):
     return torch.tensor(curve)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("mode", ["corrected", "sfd"])
+def test_the_noised_state_in_the_autocast_dtype_changes_no_bit(build, batch, kernels, mode):
+    """The network rounds it to that dtype first thing; the target is formed without it."""
+    dtype = torch.bfloat16 if kernels == "reference" or DEVICE == "cuda" else torch.float16  # the interpreter's
+    model = build(2, repa_width=12, grid=2, depth=2).to(DEVICE)
+    z, tau, y = (part.to(DEVICE) for part in batch(model, 6))
+    objective = Objective((4, 2), (0.6, 0.8), None, mode, cosine_weight=0.5, repa_weight=0.5)  # type: ignore[arg-type]
+    ops, samples = fastasync_kernels.select(kernels, DEVICE), torch.arange(6, device=DEVICE)
+    features, seen, results = torch.randn(6, 4, 12, device=DEVICE), [], []
+
+    def network(x, *inputs, **options):
+        seen.append(x.dtype)
+        with torch.autocast(DEVICE, dtype):
+            return model(x, *inputs, **options)
+
+    for given in (None, dtype):
+        keys = {"seed": 3, "step": 2, "samples": samples, "ops": ops, "features": features, "dtype": given}
+        terms = objective(network, z, y, Times(tau, tau, 1 + tau), **keys)
+        results.append([*terms, *torch.autograd.grad(terms.total, list(model.parameters()))])
+    assert seen == [torch.float32, dtype]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def spread_of(curves, window):
     """Largest difference of two curves, averaged over ``window`` steps."""
     one, two = (curve.unfold(0, window, window).mean(1) for curve in curves)
