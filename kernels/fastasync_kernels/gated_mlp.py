@@ -35,6 +35,7 @@ from .weight_gradient import weight_gradient
 BACKENDS = ("plain", "quack")
 EXTRA = "pip install 'fastasync[quack]'"
 ALIGNED = 8  # numbers of 16 bits: TMA's 16 bytes
+DTYPES = (torch.bfloat16, torch.float16)  # that quack's products take
 GAIN = 0.99  # of the plain operations' time: what is worth another package's kernels
 _CHECKED_ROWS = 1000  # no multiple of a tile
 _UNTRIED = "could not be tried"
@@ -132,10 +133,11 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
     """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
 
     w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
-    gradients have their own.  x must be what quack takes (bfloat16 or float16).  ValueError for shapes that do not fit,
-    K, N or F that is no multiple of 8, and tensors on several devices.
+    gradients have their own.  TypeError for an x that quack does not take (``DTYPES``), ValueError for shapes that do not
+    fit, K, N or F that is no multiple of 8, and tensors on several devices.
     ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
     """
+    _check_dtype(x.dtype)
     if w12.dim() != 2 or w3.dim() != 2 or w12.shape != (2 * w3.shape[1], x.shape[-1]):
         shapes = f"{list(x.shape)}, {list(w12.shape)}, {list(w3.shape)}"
         raise ValueError(f"x, w12 and w3 must be [..., K], [2 F, K] and [N, F], not {shapes}")
@@ -150,6 +152,11 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
         raise ValueError(f"parts {parts} must divide the {count} rows of x")
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, w12, b12, w3, b3))
     return _Mlp.apply(x, w12, b12, w3, b3, parts, keep)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"quack takes {' or '.join(map(str, DTYPES))}, not {dtype}")
 
 
 class FrozenMlp(NamedTuple):
@@ -173,14 +180,20 @@ class FrozenMlp(NamedTuple):
 
 @torch.no_grad()
 def freeze_mlp(w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype) -> FrozenMlp:
-    """The parameters of ``gated_mlp`` in the order and the dtype that its products take, once for many calls."""
+    """The parameters of ``gated_mlp`` in the order and the dtype that its products take, once for many calls.
+
+    TypeError for a dtype that is none of ``DTYPES``.
+    """
+    _check_dtype(dtype)
     sources = tuple(part.detach() for part in (w12, b12, w3, b3))
     turned = by_turns(w12, dtype), by_turns(b12, dtype)
     return FrozenMlp(*turned, w3.detach().to(dtype), b3.detach().to(dtype), sources, tuple(p._version for p in sources))
 
 
 def frozen_mlp(x: Tensor, frozen: FrozenMlp) -> Tensor:
-    """``gated_mlp`` without gradients: x [..., K] in the dtype of ``frozen`` -> [..., N]."""
+    """``gated_mlp`` without gradients: x [..., K] in the dtype of ``frozen`` (TypeError for another) -> [..., N]."""
+    if x.dtype != frozen.w12.dtype:
+        raise TypeError(f"x is {x.dtype}, the weights were frozen in {frozen.w12.dtype}")
     _, h = _gated_op(x.flatten(0, -2).contiguous(), frozen.w12, frozen.b12, False)
     return F.linear(h, frozen.w3, frozen.b3).unflatten(0, x.shape[:-1])
 
