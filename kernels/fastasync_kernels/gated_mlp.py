@@ -133,8 +133,8 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
     """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
 
     w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
-    gradients have their own.  TypeError for an x that quack does not take (``DTYPES``), ValueError for shapes that do not
-    fit, K, N or F that is no multiple of 8, and tensors on several devices.
+    gradients have their own.  TypeError for an x of a dtype that is none of ``DTYPES``, ValueError for shapes that do
+    not fit, K, N or F that is no multiple of 8, and tensors on several devices.
     ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
     """
     _check_dtype(x.dtype)
