@@ -37,6 +37,7 @@ SwiGLU = Callable[..., Tensor]  # signature in ``reference``
 BACKENDS = ("plain", "quack")
 EXTRA = "pip install 'fastasync[quack]'"
 ALIGNED = 8  # numbers of 16 bits: TMA's 16 bytes
+DTYPES = (torch.bfloat16, torch.float16)  # that quack's products take
 GAIN = 0.99  # of the plain operations' time: what is worth another package's kernels
 _CHECKED_ROWS = 1000  # no multiple of a tile
 _UNTRIED = "could not be tried"
@@ -146,11 +147,12 @@ def gated_mlp(
     """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
 
     w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
-    gradients have their own.  x must be what quack takes (bfloat16 or float16).  ``units``: hidden units of zeros that
-    are computed besides (``zeros``).  ValueError for shapes that do not fit, K, N or F + units that is no multiple of
-    8, and tensors on several devices.
+    gradients have their own.  ``units``: hidden units of zeros that are computed besides (``zeros``).  TypeError for an
+    x of a dtype that is none of ``DTYPES``, ValueError for shapes that do not fit, K, N or F + units that is no
+    multiple of 8, and tensors on several devices.
     ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
     """
+    _check_dtype(x.dtype)
     if w12.dim() != 2 or w3.dim() != 2 or w12.shape != (2 * w3.shape[1], x.shape[-1]):
         shapes = f"{list(x.shape)}, {list(w12.shape)}, {list(w3.shape)}"
         raise ValueError(f"x, w12 and w3 must be [..., K], [2 F, K] and [N, F], not {shapes}")
@@ -165,6 +167,11 @@ def gated_mlp(
         raise ValueError(f"parts {parts} must divide the {count} rows of x")
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, w12, b12, w3, b3))
     return _Mlp.apply(x, w12, b12, w3, b3, parts, units, keep)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"quack takes {' or '.join(map(str, DTYPES))}, not {dtype}")
 
 
 class FrozenMlp(NamedTuple):
@@ -192,7 +199,12 @@ class FrozenMlp(NamedTuple):
 def freeze_mlp(
     w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype, backend: str, units: int = 0
 ) -> FrozenMlp:
-    """The parameters in the order, the width and the dtype that a backend's products take, once for many calls."""
+    """The parameters in the order, the width and the dtype that a backend's products take, once for many calls.
+
+    TypeError for a dtype that is none of ``DTYPES`` with quack.
+    """
+    if backend == "quack":
+        _check_dtype(dtype)
     sources = tuple(part.detach() for part in (w12, b12, w3, b3))
     beside12, beside3 = hidden_zeros(units)
     ordered = by_turns if backend == "quack" else Tensor.to
@@ -202,7 +214,12 @@ def freeze_mlp(
 
 
 def frozen_mlp(x: Tensor, frozen: FrozenMlp, swiglu: SwiGLU) -> Tensor:
-    """The MLP without gradients: x [..., K] in the dtype of ``frozen`` -> [..., N].  ``swiglu``: of the plain one."""
+    """The MLP without gradients: x [..., K] in the dtype of ``frozen`` (TypeError for another) -> [..., N].
+
+    ``swiglu``: of the plain one.
+    """
+    if x.dtype != frozen.w12.dtype:
+        raise TypeError(f"x is {x.dtype}, the weights were frozen in {frozen.w12.dtype}")
     if frozen.backend == "quack":
         _, h = _gated_op(x.flatten(0, -2).contiguous(), frozen.w12, frozen.b12, False)
         return F.linear(h, frozen.w3, frozen.b3).unflatten(0, x.shape[:-1])

@@ -295,6 +295,15 @@ def test_plots(tmp_path, bench, capsys):
     assert newest[0].ms == 9.0
 
 
+def test_what_runs_the_gpu_tests_names_files_that_exist():
+    """A path that was moved would be run, or left out, by nobody."""
+    commands = [*gpu_session.STAGES.values(), *gpu_session.ON_REQUEST.values()]
+    words = [word for _, command in commands for word in command] + (ROOT / "Makefile").read_text().split()
+    paths = {word.removeprefix("--ignore=") for word in words if word.removeprefix("--ignore=").startswith("tests/")}
+    assert {"tests/kernels", "tests/optim"} <= paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
 def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):
     """A stage that hangs is ended and says where, the next ones run with what is left, and the table is printed."""
     monkeypatch.setattr(gpu_session, "SPARE", 0.0)
