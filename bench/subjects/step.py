@@ -22,6 +22,7 @@ PLANS = (
     ("XL", 256, ("ours regional graph",)),
     ("cifar10", 256, ("ours graph uncompiled", "ours graph", "pytorch whole", "ours whole")),
     ("B", 256, ("pytorch regional", "ours regional", "ours regional graph")),
+    ("B", 256, ("ours regional", "ours fp8")),
     ("XL", 256, ("pytorch whole", "ours whole")),
     ("S", 256, ("pytorch regional", "ours regional", "ours regional graph")),
     ("L", 256, ("pytorch regional", "ours regional")),
@@ -82,6 +83,7 @@ def chosen(bench: Bench, plan: tuple) -> bool:
 def run(bench: Bench, plans: tuple = PLANS) -> None:
     small = (("tiny", 8, ("pytorch eager", "ours eager", "ours fp8", "ours graph")),)  # compiling for a CPU is slow
     for size, batch, names in small if bench.small else [plan for plan in plans if chosen(bench, plan)]:
+        batch = bench.batch or batch
         if bench.time_is_up(f"step {size} {', '.join(names)}"):
             continue
         works = build(bench, "step", size, batch, names)

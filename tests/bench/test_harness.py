@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -178,17 +179,33 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_roun
 
 
 def test_one_wrong_number_in_fp8_is_seen(fp8_rounding):
-    case = fp8_casts.cases(64, 128)[3]
+    case = next(case for case in fp8_casts.cases(64, 128, 8, 4) if case.name == "columns")
     x = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    fp8_casts.check_bits(case, x)
+    fp8_casts.check_bits(case, case.inputs(x))
 
     def wrong(*inputs):
         values, scale = case.plain(*inputs)
         values.view(torch.uint8)[3, 5] ^= 1
         return values, scale
 
-    with pytest.raises(WrongResult, match="columns, 64 columns: 1 numbers"):
-        fp8_casts.check_bits(case._replace(ours=wrong), x)
+    with pytest.raises(WrongResult, match="columns, 64 columns: 1 numbers of result 0"):
+        fp8_casts.check_bits(case._replace(ours=wrong), case.inputs(x))
+
+
+@pytest.mark.parametrize("name", ["adaln gated, tops", "qknorm fwd+bwd, hinted"])
+def test_a_rows_magnitude_that_is_not_the_written_tensors_is_seen(fp8_rounding, name):
+    pytest.importorskip("triton")
+    case = next(case for case in fp8_casts.cases(64, 128, 4, 4) if case.name == name)
+    inputs = case.inputs(torch.randn(16, case.columns, generator=torch.Generator().manual_seed(0)))
+    fp8_casts.check_bits(case, inputs)
+
+    def wrong(*inputs):
+        *results, rows = case.ours(*inputs)
+        rows["rows"][5] *= 1.001
+        return *results, rows
+
+    with pytest.raises(WrongResult, match=re.escape(f"{name}, {case.columns} columns: 1 numbers of")):
+        fp8_casts.check_bits(case._replace(ours=wrong), inputs)
 
 
 def test_plans_of_a_step_by_size_and_variants():
@@ -213,6 +230,14 @@ def test_a_variant_is_recorded_if_its_name_says_so():
         assert said == ("on" if "graph" in name else "off"), name
 
 
+def test_a_step_of_another_batch(bench, monkeypatch):
+    monkeypatch.setattr(step, "build", lambda bench, subject, size, batch, names: asked.append(batch) or {})
+    asked = []
+    for bench.batch in (0, 12):
+        step.run(bench)
+    assert asked == [8, 12]
+
+
 def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
     """Where nobody has another the variant would be the same step twice."""
     names = ("ours eager", "ours eager plain MLP")
@@ -230,6 +255,8 @@ def test_command_line(tmp_path, capsys):
     assert "no size 'XXL'" in capsys.readouterr().err
     assert run.main(["step", "--variants", "ours regional,theirs"]) == 2
     assert "no variant 'theirs'" in capsys.readouterr().err
+    assert run.main(["step", "--batch", "-8"]) == 2
+    assert "--batch -8" in capsys.readouterr().err
     assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu"]) == 0
     assert "not recorded" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
