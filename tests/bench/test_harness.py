@@ -115,6 +115,20 @@ def test_interleaving_times_every_variant_in_turn(bench):
     assert all(2 <= ms < 100 for values in times.values() for ms in values)
 
 
+@pytest.mark.parametrize("broken", [lambda x: x.exp() * 1.01, lambda x: x.no_such_method()])
+def test_a_compiled_baseline_that_fails_or_is_wrong_is_left_out_and_said(bench, broken):
+    """Of ours, compiled or not, a wrong result ends the subject."""
+    x = [torch.linspace(0.1, 3, 1000)]
+    calls = {"reference": torch.exp, "reference compiled": broken, "triton": torch.exp}
+    bench.operation(Operation("s", "c", "[]", "f", calls, lambda seed, batch: x, 1))
+    assert [row.variant for row in bench.rows] == ["reference", "triton"]
+    assert bench.skipped[0].startswith("s c [] f, reference compiled: ")
+    with pytest.raises(WrongResult):
+        bench.operation(
+            Operation("s", "c", "[]", "f", calls | {"triton compiled": lambda x: 1.01 * x.exp()}, lambda *_: x, 1)
+        )
+
+
 def test_out_of_time_is_said(bench):
     bench.deadline = time.monotonic() - 1
     bench.operation(Operation("s", "c", "[]", "f", {}, lambda seed, batch: [], 1))
