@@ -15,7 +15,15 @@ import matplotlib.pyplot as plt
 
 from bench.harness import RESULTS, ROOT, Row, read_rows
 
-COLORS = {"reference": "#b0b0b0", "reference compiled": "#6f87a6", "triton": "#c8553d"}
+# of a variant wherever it is drawn, bright enough for black letters; no two of one subject are alike
+COLORS = {
+    **dict.fromkeys(("reference", "pytorch"), "#b0b0b0"),
+    **dict.fromkeys(("reference compiled", "pytorch compiled"), "#6f87a6"),
+    **{"triton": "#c8553d", "triton compiled": "#e3a08f", "quack": "#4f8a6b", "quack compiled": "#a3c9b2"},
+    **{"cudnn": "#6f87a6", "sdpa": "#a3b36f", "efficient": "#d8a448", "mixed": "#a98bc2"},
+    **{"fa2": "#bfe3e4", "fa3": "#86c5c8", "fa4": "#4fa3a8"},
+}
+ROOFLINE = ("noising", "loss", "adaln", "qknorm_rope", "swiglu", "fp8_casts", "sampling", "attention", "mlp")
 PALETTE = ("#4c6a92", "#c8553d", "#8a9a5b", "#d8a448", "#7d6b91", "#b0b0b0")
 INTERVAL = re.compile(r"overhead ([+-][\d.]+)%, 95 % interval ([+-][\d.]+)% to ([+-][\d.]+)%")
 
@@ -25,10 +33,22 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({(r.subject, r.case, r.variant, r.shape, r.dtype): r for r in rows}.values())
 
 
-def finish(figure: plt.Figure, path: Path, title: str, row: Row) -> Path:
+def about(rows: Sequence[Row]) -> str:
+    """Where, with what and when the rows were measured; of several commits the first and the last measured."""
+    ordered = sorted(rows, key=lambda row: row.date)
+
+    def span(values: Sequence[str]) -> str:
+        return values[0] if len(set(values)) == 1 else f"{values[0]} to {values[-1]}"
+
+    versions = " and ".join(sorted({row.torch for row in rows}))
+    commits = list(dict.fromkeys(row.commit for row in ordered))
+    measured = commits[0] if len(commits) == 1 else f"{len(commits)} commits, {commits[0]} to {commits[-1]}"
+    return f"{rows[0].device}, torch {versions}, {span([row.date[:10] for row in ordered])}, {measured}"
+
+
+def finish(figure: plt.Figure, path: Path, title: str, rows: Sequence[Row]) -> Path:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    about = f"{row.device}, torch {row.torch}, {row.date[:10]}, {row.commit}"
-    figure.text(0.99, 0.99, about, fontsize=7, color="#666", ha="right", va="top")
+    figure.text(0.99, 1 - 0.05 / figure.get_figheight(), about(rows), fontsize=7, color="#666", ha="right", va="top")
     figure.savefig(path, dpi=160)
     plt.close(figure)
     return path
@@ -36,28 +56,32 @@ def finish(figure: plt.Figure, path: Path, title: str, row: Row) -> Path:
 
 def roofline(rows: Sequence[Row], path: Path) -> Path | None:
     """Each operation's floor over its time: how near it is to the ceiling that binds it."""
-    found = [r for r in rows if r.subject in ("noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention")]
-    found = [r for r in found if r.share is not None]
+    found = [r for r in rows if r.subject in ROOFLINE and r.share is not None]
+    found = [r for r in found if r.subject != "sampling" or r.case == "guided update"]  # not a whole network
     if not found:
         return None
-    groups = list(dict.fromkeys((r.subject, r.case, r.shape, r.dtype) for r in found))
-    figure, axes = plt.subplots(figsize=(9, 0.55 * len(groups) + 1.2), layout="constrained")
-    for place, group in enumerate(groups):
+    groups = dict.fromkeys((r.subject, r.case, r.shape, r.dtype) for r in found)
+    ordered = sorted(groups, key=lambda group: ROOFLINE.index(group[0]))
+    figure, axes = plt.subplots(figsize=(9, 0.13 * (len(found) + len(groups)) + 1.2), layout="constrained")
+    place, middles = 0, []
+    for group in ordered:
         members = [r for r in found if (r.subject, r.case, r.shape, r.dtype) == group]
-        height = 0.8 / len(members)
+        middles.append(place + (len(members) - 1) / 2)
         for index, r in enumerate(members):
             assert r.share is not None
             low, high = (r.share * r.ms / edge for edge in (r.ms_high, r.ms_low))
             spread = [[max(r.share - low, 0)], [max(high - r.share, 0)]]
             color = COLORS.get(r.variant, PALETTE[index % len(PALETTE)])
-            axes.barh(place + index * height, r.share, height, xerr=spread, color=color, error_kw={"lw": 0.7})
-            axes.text(0.005, place + index * height, f"{r.variant}, {r.ms:.3g} ms", va="center", fontsize=6)
-    axes.set_yticks([p + 0.4 for p in range(len(groups))], [f"{s} {c}\n{h} {d}" for s, c, h, d in groups], fontsize=7)
+            axes.barh(place, r.share, 0.95, xerr=spread, color=color, error_kw={"lw": 0.7})
+            axes.text(0.005, place, f"{r.variant}, {r.ms:.3g} ms", va="center", fontsize=6)
+            place += 1
+        place += 1  # a gap
+    axes.set_yticks(middles, [f"{s} {c}\n{h} {d}" for s, c, h, d in ordered], fontsize=7)
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_xlabel("share of the measured ceiling (copy bandwidth or bf16 matrix product)")
-    return finish(figure, path, "How near each operation is to the hardware", found[-1])
+    return finish(figure, path, "How near each operation is to the hardware", found)
 
 
 def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
@@ -83,7 +107,7 @@ def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
     axes.invert_yaxis()
     axes.set_xlabel("% of the device's time (numbers: ms)")
     axes.legend(ncols=len(kinds), fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))
-    return finish(figure, path, "Where a training step's time goes", found[-1])
+    return finish(figure, path, "Where a training step's time goes", found)
 
 
 def overhead(rows: Sequence[Row], path: Path) -> Path | None:
@@ -100,7 +124,7 @@ def overhead(rows: Sequence[Row], path: Path) -> Path | None:
     axes.axvline(0.0, color="black", lw=0.8)
     axes.axvline(1.0, color="#888", lw=0.8, ls="--")
     axes.set_xlabel("% of the synchronous step (dashed: the 1 % that is allowed)")
-    return finish(figure, path, "What a learned schedule costs", points[-1][0])
+    return finish(figure, path, "What a learned schedule costs", [row for row, _ in points])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

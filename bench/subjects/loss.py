@@ -25,6 +25,7 @@ def noising_and_loss(ops: Any, state: torch.dtype) -> Any:
 def run(bench: Bench) -> None:
     grid, batches = (4, (4,)) if bench.small else (16, (256, 8192))
     for batch in batches:
+        torch.compiler.reset()  # of one function eight shapes are compiled, and the next ones run eagerly
         for dtype in [torch.float32] if bench.small else [torch.float32, torch.bfloat16]:
 
             def make(seed: int, batch: int, dtype: torch.dtype = dtype, both: bool = False) -> list:

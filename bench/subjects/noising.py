@@ -12,6 +12,7 @@ from bench.subjects.common import CHANNELS, Random, short, variants
 def run(bench: Bench) -> None:
     grid, batches = (4, (4,)) if bench.small else (16, (256, 8192))
     for batch in batches:
+        torch.compiler.reset()  # of one function eight shapes are compiled, and the next ones run eagerly
         for dtype, out in (
             [(torch.float32, torch.float32)]
             if bench.small
@@ -40,6 +41,7 @@ def run(bench: Bench) -> None:
         samples = torch.arange(batch, device=bench.device)
         return [samples % 10, 10, 0.1, seed, 3, samples]
 
+    torch.compiler.reset()
     batch = batches[0]
     calls = variants(bench, "label dropout", "drop_labels", False)
     bench.operation(Operation("noising", "label dropout", f"[{batch}]", "int64", calls, labels, batch))

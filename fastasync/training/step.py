@@ -29,8 +29,10 @@ def step_function(engine: Engine, config: Config, objective: Objective, ops: Any
         for at_model, part in zip(samples, parts, strict=True):
             y = ops.drop_labels(part.y, null_class, rate, seed, step, at_model)
             times = Times(part.tau, part.tau, part.weight)  # the global time has done its work
-            keys = {"seed": seed, "step": step, "samples": at_model}
-            terms = objective(engine.forward, part.z, y, times, **keys, ops=ops, features=part.features, dtype=dtype)
+            terms = objective(
+                engine.forward, part.z, y, times,
+                seed=seed, step=step, samples=at_model, ops=ops, features=part.features, dtype=dtype,
+            )  # fmt: skip
             engine.backward(terms.total)
             values = (terms.total.detach()[None], terms.errors, terms.cosine[None], terms.repa[None])
             sums.append(torch.cat([value.to(torch.float32) for value in values]))

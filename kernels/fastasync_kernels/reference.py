@@ -48,7 +48,8 @@ def _words(seed: int, step: int | Tensor, samples: Tensor, count: int, stream: i
     element, or [B, 1], one for each sample.
     """
     samples = samples.to(torch.int64)
-    blocks = torch.arange((count + 3) // 4, device=samples.device, dtype=torch.int64)
+    # the mask changes nothing, but hides that these are indices: torch.compile multiplies indices in int32
+    blocks = torch.arange((count + 3) // 4, device=samples.device, dtype=torch.int64) & _MASK
     # fill_, not a fresh CPU tensor: no host-to-device copy, so this also runs inside a CUDA graph
     return philox(
         seed,

@@ -10,6 +10,7 @@ import time
 import fastasync_kernels
 import pytest
 import torch
+from fastasync_kernels import attention
 
 from bench import gpu_session, harness, plots, profile_step, run, workload
 from bench.harness import (
@@ -112,6 +113,20 @@ def test_interleaving_times_every_variant_in_turn(bench):
     assert "".join(order) == "|aaa|bbb|bbb|aaa"
     assert [len(values) for values in times.values()] == [4, 4]
     assert all(2 <= ms < 100 for values in times.values() for ms in values)
+
+
+@pytest.mark.parametrize("broken", [lambda x: x.exp() * 1.01, lambda x: x.no_such_method()])
+def test_a_compiled_baseline_that_fails_or_is_wrong_is_left_out_and_said(bench, broken):
+    """Of ours, compiled or not, a wrong result ends the subject."""
+    x = [torch.linspace(0.1, 3, 1000)]
+    calls = {"reference": torch.exp, "reference compiled": broken, "triton": torch.exp}
+    bench.operation(Operation("s", "c", "[]", "f", calls, lambda seed, batch: x, 1))
+    assert [row.variant for row in bench.rows] == ["reference", "triton"]
+    assert bench.skipped[0].startswith("s c [] f, reference compiled: ")
+    with pytest.raises(WrongResult):
+        bench.operation(
+            Operation("s", "c", "[]", "f", calls | {"triton compiled": lambda x: 1.01 * x.exp()}, lambda *_: x, 1)
+        )
 
 
 def test_out_of_time_is_said(bench):
@@ -329,6 +344,29 @@ def test_what_runs_the_gpu_tests_names_files_that_exist():
     paths = {word.removeprefix("--ignore=") for word in words if word.removeprefix("--ignore=").startswith("tests/")}
     assert {"tests/kernels", "tests/optim"} <= paths
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_a_pictures_corner_names_all_commits_and_days(bench):
+    row = bench.add("swiglu", "fwd", "triton", "[1]", "bf16", summarize([1.0]))
+
+    def measured(commit, day):
+        return Row(**{**vars(row), "commit": commit, "date": f"2026-11-{day} 10:00:00", "torch": "2.11"})
+
+    rows = [measured("bbb", 25), measured("ccc", 26), measured("aaa", 24), measured("aaa", 26)]
+    assert plots.about(rows[:1]) == "cpu, torch 2.11, 2026-11-25, bbb"
+    assert plots.about(rows) == "cpu, torch 2.11, 2026-11-24 to 2026-11-26, 3 commits, aaa to ccc"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        attention.BACKENDS,
+        ("reference", "reference compiled", "triton"),
+        [f"{form}{how}" for form in ("pytorch", "triton", "quack") for how in ("", " compiled")],
+    ],
+)
+def test_variants_of_one_subject_have_colors_of_their_own(names):
+    assert len({plots.COLORS[name] for name in names}) == len(names)
 
 
 def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):

@@ -142,3 +142,14 @@ def test_step_may_be_a_tensor():
     expected = reference.philox_normal(7, 123, samples, 10)
     assert torch.equal(reference.philox_normal(7, torch.tensor(123), samples, 10), expected)
     assert torch.equal(reference.philox_normal(7, torch.tensor([123]), samples, 10), expected)
+
+
+@pytest.mark.gpu
+def test_inductor_draws_the_references_numbers():
+    """It must not compute the counters in its indices' int32: the product with a multiplier needs 64 bits."""
+    samples, step = torch.arange(3, device=DEVICE), torch.tensor([2**31 + 9], device=DEVICE)
+    torch.compiler.reset()
+    uniform = torch.compile(lambda s, step: reference.philox_uniform(7, step, s, 12_289), fullgraph=True, dynamic=False)
+    normal = torch.compile(lambda s, step: reference.philox_normal(7, step, s, 12_289), fullgraph=True, dynamic=False)
+    assert torch.equal(uniform(samples, step), reference.philox_uniform(7, step, samples, 12_289))
+    torch.testing.assert_close(normal(samples, step), reference.philox_normal(7, step, samples, 12_289))
