@@ -34,6 +34,7 @@ class Data:
     root: str = "data"
     seed: int = _number(0, 0, 2**63 - 1)
     flip: bool = False
+    verify: bool = True  # dataset=latents: compare the shards' hashes while training, and stop where one is wrong
     images: str = ""  # objective.repa_source=online: the images that root was encoded from
     skip_bad: str = ""  # and the list of bad files that encoding left out
 
@@ -236,6 +237,7 @@ FREE_FIELDS = (
     "data.root",
     "data.images",
     "data.skip_bad",
+    "data.verify",
     "representations.decoder",
     "schedule.baselines",
     "model.kernels",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastasync import sampling
 from fastasync.compat import import_torch_fidelity
 from fastasync.config import Config
-from fastasync.data.shard_loader import open_latents
-from fastasync.distributed import quiet_elsewhere, session
+from fastasync.data.shard_loader import ShardLatents, open_latents
+from fastasync.data.verify import AT_ONCE, Verification
+from fastasync.distributed import OtherRankFailed, quiet_elsewhere, session
 from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
 from fastasync.evaluation.protocol import hardware_name, metric_title
@@ -162,8 +165,29 @@ def prepare_stage(run: Run, say: Say = print) -> Inputs:
     return session().main_first(lambda: open_inputs(run, device, quiet_elsewhere(say)))
 
 
+def verify_latents(run: Run, inputs: Inputs) -> None:
+    """Compare the shards' hashes, each rank a part: at once where it takes seconds, else in a thread from now on.
+
+    Raises UserError for a damaged one; the probe and the training loop look at what the thread finds.
+    """
+    latents, here = inputs.latents, session()
+    if not (run.config.data.verify and isinstance(latents, ShardLatents)):
+        return
+    say = quiet_elsewhere(lambda line: tqdm.write(line, file=sys.stderr))
+    verification = latents.start_verifying(here.rank, here.world, say)
+    if verification.bytes <= AT_ONCE:
+        verification.wait()
+    failed = here.gather(verification.error is not None)
+    if verification.error is not None:
+        raise verification.error
+    if any(failed):
+        raise OtherRankFailed(UserError.exit_code)
+
+
 def probe_stage(run: Run, inputs: Inputs, *, oracle: bool = False, say: Say = print) -> Schedule:
     """The run's schedule: learned by the probe, or the fixed one that is named.  Writes schedule.json."""
+    if run.config.schedule.name == "learned" and not session().from_main(run.schedule_file.exists):
+        verify_latents(run, inputs)
     return session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
 
 
@@ -212,8 +236,14 @@ def check_sampling(run: Run) -> None:
 
 def train_stage(run: Run, inputs: Inputs, schedule: Schedule, say: Say = print) -> None:
     """Train the network along the schedule, from the newest complete checkpoint if there is one."""
+    verify_latents(run, inputs)
     result = train(run.config, inputs.latents, schedule, run.path, statistics_fingerprint=inputs.statistics_fingerprint)
-    quiet_elsewhere(say)(f"train: {result.step} steps done, checkpoint {result.checkpoint}")
+    say = quiet_elsewhere(say)
+    say(f"train: {result.step} steps done, checkpoint {result.checkpoint}")
+    verification: Verification | None = getattr(inputs.latents, "verification", None)
+    if verification is not None and not verification.done:
+        compared = f"{verification.verified} of {verification.count}"
+        say(f"train: only {compared} shards were compared with their hashes: `fastasync check-latents` reads all")
 
 
 class _Guided(NamedTuple):

@@ -2,11 +2,13 @@
 2, and nothing lost or half-written."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastasync import stages
 from fastasync.cli import main
+from fastasync.data import verify
+from fastasync.data.shard_loader import ShardLatents
 from fastasync.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -245,16 +250,91 @@ def test_damaged_latents_are_named_before_training(latents, tmp_path, capsys):
     flip(shard, 20)
     refused(capsys, train(latents, out), "shard-00001.safetensors")
     flip(shard, 20)
-    flip(shard)  # in the numbers: only their hash tells
-    assert main(["check-latents", str(latents)]) == 1
-    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
     shard.write_bytes(good[shard][:-5])
     refused(capsys, train(latents, out), "shard-00001.safetensors", "cut short")
     shard.unlink()
-    refused(capsys, train(latents, out), "shard-00001.safetensors: missing")
+    refused(capsys, train(latents, out), "shard-00001.safetensors: missing: run the same `fastasync encode` again")
     index.unlink()
     refused(capsys, train(latents, out), "encoding has not finished: run `fastasync encode` (again)")
     assert not out.exists()
+
+
+@pytest.fixture
+def three(place, images):
+    """Latents in three shards."""
+    assert main(["encode", str(images), "--out", str(place / "three"), *ENCODE, "--shard-size", "4"]) == 0
+    assert len(list((place / "three").glob("*.safetensors"))) == 3
+    return place / "three"
+
+
+def test_a_flipped_bit_in_the_numbers_of_a_shard(three, tmp_path, capsys):
+    """Only its hash tells: training, resuming and the probe look at it before any step."""
+    out, shard = tmp_path / "run", three / "shard-00001.safetensors"
+    assert main(train(three, out)) == 0
+    before = contents(out / "checkpoints")
+    flip(shard)
+    assert main(["check-latents", str(three)]) == 1
+    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
+    says = (f"{shard}: altered (hash ", "delete it and run the same `fastasync encode` again")
+    refused(capsys, train(three, out, "train.steps=6"), *says)  # resumed
+    assert contents(out / "checkpoints") == before
+    refused(capsys, train(three, tmp_path / "new"), *says)
+    assert not (tmp_path / "new" / "checkpoints").exists()
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.batch=8", "probe.width=16"]
+    refused(capsys, train(three, tmp_path / "probe", *probe, "train.steps=100", stage="probe"), *says)
+    assert not list(tmp_path.glob("probe/probe/*"))
+    assert main(train(three, tmp_path / "unseen", "data.verify=false")) == 0
+
+
+def test_a_flipped_bit_that_is_found_while_training(three, tmp_path, capsys, monkeypatch):
+    """A large set is compared beside training, which stops; what was saved before stays, nothing is added to it."""
+    out, shard = tmp_path / "run", three / "shard-00001.safetensors"
+    flip(shard)
+    compare = verify.check_hash
+
+    def after_a_checkpoint(*arguments):
+        while not checkpoint.steps(out / "checkpoints"):
+            time.sleep(0.01)
+        compare(*arguments)
+
+    monkeypatch.setattr(verify, "check_hash", after_a_checkpoint)
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    line = refused(capsys, train(three, out, "train.steps=20000"), f"{shard}: altered (hash ", "training stopped at")
+    last = checkpoint.newest(out / "checkpoints")[0]
+    assert line.endswith(f"the last checkpoint is {last}")
+    stopped = int(re.search(r"stopped at step (\d+)", line)[1])
+    assert stopped - 2 <= checkpoint.read_state(last).step <= stopped
+    flip(shard)
+    monkeypatch.setattr(verify, "check_hash", compare)
+    assert main(train(three, out, f"train.steps={stopped + 3}")) == 0
+    flip(shard)
+    monkeypatch.setattr(verify, "check_hash", lambda *_: time.sleep(60))
+    assert main(train(three, out, f"train.steps={stopped + 4}")) == 0
+    assert "only 0 of 3 shards were compared with their hashes" in capsys.readouterr().out
+
+
+def test_a_large_set_that_is_right(three, tmp_path, capsys, monkeypatch):
+    compare = verify.check_hash
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    done = []
+
+    def noted(*arguments):
+        compare(*arguments)
+        done.append(arguments)
+
+    monkeypatch.setattr(verify, "check_hash", noted)
+    batch = ShardLatents.batch
+
+    def waits(latents, *arguments):
+        while latents.verification is not None and len(done) < 3:
+            time.sleep(0.01)
+        return batch(latents, *arguments)
+
+    monkeypatch.setattr(ShardLatents, "batch", waits)
+    assert main(train(three, tmp_path / "run", "train.steps=50")) == 0
+    said = capsys.readouterr()
+    assert said.err.count("latents: the hashes of this process's 3 shards are right (") == 1
+    assert "only" not in said.out
 
 
 def test_more_and_fewer_classes_than_the_model(latents, tmp_path, capsys):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,8 @@ _CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _CODES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _CODES |= {"BOOL": torch.bool}
 _CHUNK = 16  # images that statistics are computed over at a time: they stay in the cache (2.4 times faster than 256)
-_AGAIN = "delete it and run the same `fastasync encode` again: only what is missing is made"
+_DELETE = "delete it and "
+_AGAIN = f"{_DELETE}run the same `fastasync encode` again: only what is missing is made"
 
 
 class MappedFile:
@@ -53,7 +54,7 @@ class MappedFile:
             with open(self.path, "rb") as stream:
                 header = stream.read(min(int.from_bytes(stream.read(8), "little"), self.size))
         except FileNotFoundError:
-            raise UserError(str(path), "missing", remedy) from None
+            raise UserError(str(path), "missing", remedy.removeprefix(_DELETE)) from None
         except OSError as error:
             raise UserError(str(path), error.strerror, remedy) from None
         start = 8 + len(header)
@@ -365,11 +366,16 @@ def _describe(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{str(entry[0]).removeprefix('torch.')} {list(entry[1])}"
 
 
-def check_hash(found: MappedFile, sha256: str) -> None:
-    """UserError unless the file's bytes are those that were written."""
-    now = sha256_file(found.path)
+def check_hash(found: MappedFile, sha256: str, between: Callable[[], None] = lambda: None) -> None:
+    """UserError unless the file's bytes are those that were written.  ``between``: as for ``sha256_file``."""
+    now = sha256_file(found.path, between)
     if now != sha256:
         raise UserError(str(found.path), f"altered (hash {now[:12]}, the index says {sha256[:12]})", _AGAIN)
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error for a shard that was mapped and cannot be read any more."""
+    return UserError(str(path), error.strerror, _AGAIN.removeprefix(_DELETE))
 
 
 def check_latents(directory: str | Path, progress: bool = True, workers: int | None = None) -> LatentsReport:
