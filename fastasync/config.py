@@ -263,6 +263,20 @@ FREE_FIELDS = (
 )
 
 
+# Presets set these only since some of their runs were begun, which keep what they had (see keep_begun).
+_KEPT = (("train", "max_norm_ratio"),)
+
+
+def keep_begun(config: Config, begun: Config) -> Config:
+    """A preset's ``config`` for a run that was ``begun`` with the same preset, perhaps before it was changed."""
+    if config.preset != begun.preset:
+        return config
+    for section, name in _KEPT:
+        own = dataclasses.replace(getattr(config, section), **{name: getattr(getattr(begun, section), name)})
+        config = dataclasses.replace(config, **{section: own})
+    return config
+
+
 def differences(one: Config, other: Config) -> list[str]:
     """Fields in which two configurations differ and that may not change within a run: ``section.field``, sorted."""
     first, second = flatten(one), flatten(other)
