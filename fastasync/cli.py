@@ -37,6 +37,14 @@ _WORK = {
 
 _SIGPIPE = 13
 
+# What needs less memory, where nobody nearer to the failure has said so better.
+_LESS_IN_STAGES = "lower train.batch, sample.batch, sample.count or the model's size"
+_LESS_MEMORY = {
+    "probe": "lower probe.batch, or sample.batch, which C samples with (another probe.batch needs a new --out)",
+    "encode": "lower --batch, --shard-size, or the chunk of a representation (--option autoencoder.chunk=8)",
+    "train-semvae": "lower --batch (with a new --out)",
+}
+
 # What a file or its disk refuses, where nobody nearer to it has said so better.
 _DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP)
 _NAME = errno.ENAMETOOLONG
@@ -118,13 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         if on_cpu:
-            line = "out of memory: lower train.batch, sample.batch, sample.count or the model's size"
+            line = f"out of memory: {_LESS_MEMORY.get(arguments.command, _LESS_IN_STAGES)}"
             if session().says_first(line):
                 print(f"fastasync: error: {line}", file=sys.stderr)
             return UserError.exit_code
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
             raise
-        remedy = "raise train.accumulate (same results), set train.memory=selective or full, or lower the stage's batch"
+        in_stages = "raise train.accumulate (same results), set train.memory=selective or full, or lower the batch"
+        remedy = _LESS_MEMORY.get(arguments.command, in_stages)
         if session().says_first("out of memory"):
             print(f"fastasync: error: out of memory on the device: {remedy}", file=sys.stderr)
         return UserError.exit_code

@@ -49,7 +49,7 @@ from fastasync.training.build import (
 )
 from fastasync.training.deepspeed_json import reduction_fields
 from fastasync.training.loop import check_data
-from fastasync.training.out_of_memory import explained_sampling
+from fastasync.training.out_of_memory import explained_batch, explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
 from fastasync.training.sinks import wandb_package
 from fastasync.training.start import START, load_start, only_started
@@ -204,15 +204,17 @@ def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
     if config.schedule.name != "learned":
         schedule = named_schedule(config.schedule.name, reps.names, reps.roles)
     else:
-        result = learn_schedule(
-            config,
-            inputs.latents,
-            planned_flops=planned_flops(config),
-            score=inputs.scorer() if config.probe.estimator == "C" else None,
-            device=choose_device(config.train.device),
-            out_dir=run.probe_folder,
-            oracle=oracle,
-        )
+        device, batch = choose_device(config.train.device), config.probe.batch
+        with explained_batch("probe.batch", batch, device, " (another probe: give a new --out)"):
+            result = learn_schedule(
+                config,
+                inputs.latents,
+                planned_flops=planned_flops(config),
+                score=inputs.scorer() if config.probe.estimator == "C" else None,
+                device=device,
+                out_dir=run.probe_folder,
+                oracle=oracle,
+            )
         schedule = result.schedule
         for line in result.summary():
             say(f"probe: {line}")

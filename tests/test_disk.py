@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastasync import stages
 from fastasync.cli import main
 from fastasync.data import verify
 from fastasync.data.shard_loader import ShardLatents
+from fastasync.model import LightningDiT
+from fastasync.representations.bundle import Bundle
+from fastasync.representations.semvae import SemVAE
 from fastasync.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +133,6 @@ def test_folders_that_cannot_be_written(place, images, latents, capsys):
 
 
 def make_features(folder):
-    import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
@@ -411,7 +414,6 @@ def test_the_folder_of_latents_is_opened_twice_in_all(latents, tmp_path, monkeyp
 
 def test_a_published_folder(tmp_path, capsys):
     """SFD's layout, no image of the last class; refused without statistics, or with more classes than the model."""
-    import torch
     from safetensors.torch import save_file
 
     folder, out = tmp_path / "sfd", tmp_path / "run"
@@ -427,3 +429,77 @@ def test_a_published_folder(tmp_path, capsys):
     refused(capsys, [*published, "--set", "model.classes=2"], "label of image 2: 2: must be in 0..1")
     assert not out.exists()
     assert main(published) == 0
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """few(kind, method, most): a device of 3 GiB on which a method runs out of memory above so many images."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**31)
+
+    def limit(kind, method, most):
+        whole = getattr(kind, method)
+
+        def limited(self, images, *rest, **options):
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return whole(self, images, *rest, **options)
+
+        monkeypatch.setattr(kind, method, limited)
+
+    return limit
+
+
+def test_out_of_memory_while_encoding(place, images, few, capsys):
+    """What it says works; a representation that divides a batch itself is named with its own option."""
+    few(Bundle, "encode", 4)
+    encode = ["encode", images, "--out", place / "out", *ENCODE]
+    refused(capsys, encode, "--batch: 8: out of memory with the 3 GiB", "try --batch 4 (finished shards are kept)")
+    assert main([*map(str, encode), "--batch", "4"]) == 0
+    refused(capsys, [*encode[:3], place / "one", *ENCODE, "--batch", "5"], "try --batch 2 (")
+    few(Bundle, "encode", 0)
+    refused(capsys, [*encode[:3], place / "one", *ENCODE, "--batch", "1"], "--batch: 1: ", "use a device with more")
+    plugin = place / "chunks.py"
+    plugin.write_text(CHUNKS)
+    chunked = ["--plugin", plugin, "--representations", "texture,chunked", "--option", "chunked.chunk=6"]
+    few(Bundle, "encode", 4)
+    encode = ["encode", images, "--out", place / "two", *ENCODE, *chunked]
+    refused(capsys, encode, "try --option chunked.chunk=3, or --batch 4 (finished shards are kept)")
+
+
+CHUNKS = """
+from fastasync.representations import Representation, register
+
+@register("chunked")
+class Chunked(Representation):
+    channels = 1
+
+    def __init__(self, image_shape, grid, chunk=32):
+        super().__init__(image_shape, grid)
+        self.chunk = chunk
+
+    def encode(self, images):
+        return images[:, :1, : self.grid, : self.grid].float()
+"""
+
+
+def test_out_of_memory_while_training_a_semvae(place, few, capsys):
+    make_features(place / "features")
+    few(SemVAE, "standardise", 4)
+    arguments = ["train-semvae", "--features", place / "features", *SEMVAE]
+    says = ("--batch: 8: out of memory with the 3 GiB", "try --batch 4 (another training: give a new --out)")
+    refused(capsys, [*arguments, "--out", place / "a"], *says, "or more than 1 ranks")
+    assert main([*map(str, arguments), "--out", str(place / "b"), "--batch", "4"]) == 0
+
+
+def test_out_of_memory_in_the_probe(three, tmp_path, few, capsys):
+    few(LightningDiT, "forward", 6)
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.width=16", "train.steps=400"]
+    arguments = train(three, tmp_path / "a", *probe, "probe.batch=8", stage="probe")
+    says = ("probe.batch: 8: out of memory with the 3 GiB", "try probe.batch=4 (another probe: give a new --out)")
+    refused(capsys, arguments, *says)
+    arguments = train(three, tmp_path / "a", *probe, "probe.batch=8", stage="train")
+    refused(capsys, arguments, *says)
