@@ -522,8 +522,10 @@ def summary(config: Config) -> dict[str, Any]:
         memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
         compiled = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
         working = compiled and not reduction_fields(config)  # bf16 weights are trained under ZeRO 1 and 2
+        needs = {3: " (with train.compile=off)"} if config.train.compile != "off" else {}
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
-            f"ZeRO {stage}": memory_with_zero(memory, Zero(stage, _PLANNED_GPUS, working)) / 2**30 for stage in range(4)
+            f"ZeRO {stage}{needs.get(stage, '')}": memory_with_zero(memory, Zero(stage, _PLANNED_GPUS, working)) / 2**30
+            for stage in range(4)
         }
     if config.data.dataset == "latents" and config.model.repa_width:
         facts |= repa_costs(config, per_step)
@@ -533,6 +535,7 @@ def summary(config: Config) -> dict[str, Any]:
         except UserError as error:  # the data need not be here yet
             facts["data"], selection_flops = str(error), 0
         facts["probe's training steps"] = probe_plan(config, total, selection_flops).steps
+        facts["probe on several GPUs"] = "runs on one, the others wait: its seconds are those of one GPU"
     return facts
 
 
