@@ -262,6 +262,23 @@ def test_damaged_latents_are_named_before_training(latents, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_what_is_no_folder_of_latents(place, images, tmp_path, capsys):
+    empty, text, out = place / "empty", place / "text", tmp_path / "run"
+    empty.mkdir()
+    text.mkdir()
+    (text / "notes.txt").write_text("")
+    for folder, says in (
+        (images, f"holds images, not encoded latents: run `fastasync encode {images} --out LATENTS` and give LATENTS"),
+        (images / "class 0", "holds images, not encoded latents: run `fastasync encode "),
+        (empty, f"is empty, not encoded latents: run `fastasync encode IMAGES --out {empty}` first"),
+        (text, "holds no index.json, not encoded latents: give the --out of `fastasync encode` as data.root"),
+        (place / "none", "no such folder"),
+    ):
+        refused(capsys, train(folder, out), f"{folder}: {says}")
+        refused(capsys, ["check-latents", folder], f"{folder}: {says}")
+    assert not out.exists()
+
+
 @pytest.fixture
 def three(place, images):
     """Latents in three shards."""
