@@ -166,7 +166,7 @@ def _smaller_chunks(bundle: Bundle) -> list[str]:
     """The options that halve how many images each representation takes at a time: larger than that, --batch is free."""
     chunks = {}
     for item in bundle.representations:
-        chunk = getattr(item, "chunk", None) or getattr(getattr(item, "vit", None), "chunk", 1)
+        chunk: int = getattr(item, "chunk", getattr(getattr(item, "vit", None), "chunk", 1))
         if chunk > 1:
             chunks[item.name] = chunk // 2
     return [" ".join(f"--option {name}.chunk={half}" for name, half in chunks.items())] if chunks else []

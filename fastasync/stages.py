@@ -25,7 +25,7 @@ from fastasync import sampling
 from fastasync.compat import import_torch_fidelity
 from fastasync.config import Config
 from fastasync.data.shard_loader import ShardLatents, open_latents
-from fastasync.data.verify import AT_ONCE, Verification
+from fastasync.data.verify import Verification
 from fastasync.distributed import OtherRankFailed, quiet_elsewhere, session
 from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
@@ -55,6 +55,7 @@ from fastasync.training.sinks import wandb_package
 from fastasync.training.start import START, load_start, only_started
 
 Say = Callable[[str], None]
+AT_ONCE = 2 * 2**30  # bytes of a rank's shards whose hashes are compared before their numbers are used: in seconds
 _PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs, and how long training takes
 
 
@@ -174,8 +175,8 @@ def verify_latents(run: Run, inputs: Inputs) -> None:
     if not (run.config.data.verify and isinstance(latents, ShardLatents)):
         return
     say = quiet_elsewhere(lambda line: tqdm.write(line, file=sys.stderr))
-    verification = latents.start_verifying(here.rank, here.world, say)
-    if verification.bytes <= AT_ONCE:
+    verification = latents.start_verifying(here.rank, here.world, AT_ONCE, say)
+    if not verification.large:
         verification.wait()
     failed = here.gather(verification.error is not None)
     if verification.error is not None:

@@ -508,7 +508,7 @@ def test_out_of_memory_while_training_a_semvae(place, few, capsys):
     few(SemVAE, "standardise", 4)
     arguments = ["train-semvae", "--features", place / "features", *SEMVAE]
     says = ("--batch: 8: out of memory with the 3 GiB", "try --batch 4 (another training: give a new --out)")
-    refused(capsys, [*arguments, "--out", place / "a"], *says, "or more than 1 ranks")
+    refused(capsys, [*arguments, "--out", place / "a"], *says, "or more ranks, which divide it")
     assert main([*map(str, arguments), "--out", str(place / "b"), "--batch", "4"]) == 0
 
 

@@ -289,10 +289,10 @@ class ShardLatents(MappedLatents):
         )
         self.names, self.channels = encoding.names, encoding.channels
 
-    def start_verifying(self, rank: int, world: int, say: Callable[[str], None]) -> Verification:
-        """Begin to compare the hashes of this rank's part of the shards, once; ``say``: see Verification."""
+    def start_verifying(self, rank: int, world: int, at_once: int, say: Callable[[str], None]) -> Verification:
+        """Begin to compare the hashes of this rank's part of the shards, once; ``at_once``, ``say``: Verification's."""
         if self.verification is None:
-            self.verification = Verification(self._hashed[rank::world], say)
+            self.verification = Verification(self._hashed[rank::world], at_once, say)
         return self.verification
 
 

@@ -9,22 +9,21 @@ from collections.abc import Callable, Sequence
 from fastasync.data.shards import MappedFile, check_hash, unreadable
 from fastasync.errors import UserError
 
-AT_ONCE = 2 * 2**30  # bytes that take seconds: they are compared before anything is done with them
-
 
 class Verification:
     """Compares the hashes of ``files`` with the SHA-256 beside each, in a thread that begins at once.
 
-    It rests as long as it works, so that it takes half of a disk and of a CPU core at most, until ``wait`` is called.
-    ``say`` gets one line, from the thread, when all files are right and nobody has waited.
+    Up to ``at_once`` bytes take seconds, for which to ``wait``.  Of more, which are in use meanwhile, it rests as long
+    as it works, so that it takes half of a disk and of a CPU core at most, and ``say`` gets a line, from the thread,
+    when all are right.
     """
 
-    def __init__(self, files: Sequence[tuple[MappedFile, str]], say: Callable[[str], None] = lambda line: None):
+    def __init__(self, files: Sequence[tuple[MappedFile, str]], at_once: int, say: Callable[[str], None]):
         self.count, self.verified = len(files), 0
         self.bytes = sum(file.size for file, _ in files)
+        self.large = self.bytes > at_once
         self.error: UserError | None = None  # of the first file that is not what was written
         self._files, self._say = files, say
-        self._hurry = threading.Event()
         self._worked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="verify latents", daemon=True)
         self._thread.start()
@@ -36,11 +35,11 @@ class Verification:
 
     def wait(self) -> None:
         """Until all is compared, or the first file is wrong."""
-        self._hurry.set()
         self._thread.join()
 
     def _rest(self) -> None:
-        self._hurry.wait(time.monotonic() - self._worked)
+        if self.large:
+            time.sleep(time.monotonic() - self._worked)
         self._worked = time.monotonic()
 
     def _run(self) -> None:
@@ -55,7 +54,7 @@ class Verification:
                 self.error = unreadable(file.path, error)
                 return
             self.verified += 1
-        if not self._hurry.is_set():
+        if self.large:
             took = time.monotonic() - began
             what = f"the hashes of this process's {self.count} shards are right"
             self._say(f"latents: {what} ({self.bytes:,} bytes, {took:.0f} s)")

@@ -217,7 +217,7 @@ def train(
         if here.world > 1:
             here.start_group(device)
         stack.enter_context(explained_loss())
-        other = f" (another training: give a new --out), or more than {here.world} ranks, which divide it"
+        other = " (another training: give a new --out), or more ranks, which divide it"
         stack.enter_context(explained_batch("--batch", training.semvae.batch, device, other, parts=here.world))
         run = _Run(source, out, training, facts, device)
         if here.from_main((out / WEIGHTS).exists) and run.step == training.semvae.steps:
