@@ -187,9 +187,13 @@ def verify_latents(run: Run, inputs: Inputs) -> None:
 
 def probe_stage(run: Run, inputs: Inputs, *, oracle: bool = False, say: Say = print) -> Schedule:
     """The run's schedule: learned by the probe, or the fixed one that is named.  Writes schedule.json."""
-    if run.config.schedule.name == "learned" and not session().from_main(run.schedule_file.exists):
+    learns = run.config.schedule.name == "learned" and not session().from_main(run.schedule_file.exists)
+    if learns:
         verify_latents(run, inputs)
-    return session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
+    schedule = session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
+    if learns:  # what has been found meanwhile, on ranks that waited too
+        verify_latents(run, inputs)
+    return schedule
 
 
 def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastasync.cli import main
 from fastasync.data import verify
 from fastasync.data.shard_loader import ShardLatents
 from fastasync.model import LightningDiT
+from fastasync.probe import network
 from fastasync.representations.bundle import Bundle
 from fastasync.representations.semvae import SemVAE
 from fastasync.training import checkpoint
@@ -328,9 +330,44 @@ def test_a_flipped_bit_that_is_found_while_training(three, tmp_path, capsys, mon
     monkeypatch.setattr(verify, "check_hash", compare)
     assert main(train(three, out, f"train.steps={stopped + 3}")) == 0
     flip(shard)
-    monkeypatch.setattr(verify, "check_hash", lambda *_: time.sleep(60))
+    never = threading.Event()
+    monkeypatch.setattr(verify, "check_hash", lambda *_: never.wait())
     assert main(train(three, out, f"train.steps={stopped + 4}")) == 0
+    never.set()
     assert "only 0 of 3 shards were compared with their hashes" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_that_is_found_while_probing(three, tmp_path, capsys, monkeypatch):
+    """In the middle of a probe's steps, and at its end."""
+    flip(three / "shard-00001.safetensors")
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    compare, batch, save, begun = verify.check_hash, network.training_batch, stages.save_schedule, threading.Event()
+
+    def counted(*arguments):
+        begun.set()
+        return batch(*arguments)
+
+    def later(*arguments):
+        begun.wait()
+        compare(*arguments)
+
+    def saved(*arguments):
+        save(*arguments)
+        begun.set()
+        [each for each in threading.enumerate() if each.name == "verify latents"][-1].join()
+
+    monkeypatch.setattr(verify, "check_hash", later)
+    monkeypatch.setattr(network, "training_batch", counted)
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.batch=8", "probe.width=16"]
+    says = "shard-00001.safetensors: altered (hash "
+    arguments = train(three, tmp_path / "middle", *probe, "train.steps=10000", stage="probe")
+    refused(capsys, arguments, says)
+    assert not (tmp_path / "middle" / "schedule.json").exists()
+    begun.clear()
+    monkeypatch.setattr(network, "training_batch", batch)
+    monkeypatch.setattr(stages, "save_schedule", saved)
+    refused(capsys, train(three, tmp_path / "end", *probe, "train.steps=100", stage="probe"), says)
+    assert (tmp_path / "end" / "schedule.json").exists()
 
 
 def test_a_large_set_that_is_right(three, tmp_path, capsys, monkeypatch):
