@@ -263,17 +263,16 @@ FREE_FIELDS = (
 )
 
 
-# Presets set these only since some of their runs were begun, which keep what they had (see keep_begun).
-_KEPT = (("train", "max_norm_ratio"),)
+# Fields that presets set only since some of their runs were begun, and what they were before (see keep_begun).
+_BEFORE = {("train", "max_norm_ratio"): 0.0}
 
 
 def keep_begun(config: Config, begun: Config) -> Config:
-    """A preset's ``config`` for a run that was ``begun`` with the same preset, perhaps before it was changed."""
-    if config.preset != begun.preset:
-        return config
-    for section, name in _KEPT:
-        own = dataclasses.replace(getattr(config, section), **{name: getattr(getattr(begun, section), name)})
-        config = dataclasses.replace(config, **{section: own})
+    """A preset's ``config`` as it was when a run was ``begun`` with it."""
+    for (section, name), before in _BEFORE.items():
+        if config.preset == begun.preset and getattr(getattr(begun, section), name) == before:
+            own = dataclasses.replace(getattr(config, section), **{name: before})
+            config = dataclasses.replace(config, **{section: own})
     return config
 
 

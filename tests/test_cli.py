@@ -162,8 +162,9 @@ def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys)
         assert f"max_norm_ratio: {ratio}" in capsys.readouterr().out
     assert main([*command[:4], str(tmp_path / "new"), "--dry-run"]) == 0
     assert "max_norm_ratio: 10.0" in capsys.readouterr().out
-    other = keep_begun(preset("imagenet256-b"), preset("digits"))
-    assert other == preset("imagenet256-b")
+    five = apply_settings(preset("imagenet256-b"), ["train.max_norm_ratio=5"])
+    for begun in (preset("digits"), five):  # another preset, another value of the user's
+        assert keep_begun(preset("imagenet256-b"), begun) == preset("imagenet256-b")
     assert differences(keep_begun(preset("imagenet256-xl"), existing_config(out)), existing_config(out)) == []
 
 
