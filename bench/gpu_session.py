@@ -24,7 +24,7 @@ TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "8"]  # on CUDA e
 # name -> (the most seconds it may take, command); in order of importance
 STAGES: dict[str, tuple[float, list[str]]] = {
     "build": (150, ["setup.py", "-q", "build_ext", "--inplace"]),
-    "tests": (200, [*TESTS, "tests/kernels", "tests/optim", "--ignore=tests/kernels/test_offline_compile.py"]),
+    "tests": (200, [*TESTS, "-m", "not slow", "tests/kernels", "tests/optim"]),  # slow: offline builds
     "ops": (240, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
     "mlp": (120, ["-m", "bench.run", "mlp"]),
     "step": (400, ["-m", "bench.run", "step"]),

@@ -237,7 +237,7 @@ class Bench:
 
     ``small``: sizes for a CPU.  ``rounds``: how often each variant is timed.  ``deadline`` (``time.monotonic``): no new
     case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks for ``step``, and
-    ``variants``: those of the one plan of it that is run; none: all.
+    ``variants``: those of the one plan of it that is run; none: all.  ``batch``: its images, 0: each plan's own.
     """
 
     def __init__(
@@ -249,8 +249,9 @@ class Bench:
         say: Callable[[str], None] = print,
         sizes: Sequence[str] = (),
         variants: Sequence[str] = (),
+        batch: int = 0,
     ):
-        self.sizes, self.variants = sizes, variants
+        self.sizes, self.variants, self.batch = sizes, variants, batch
         self.device, self.rounds, self.deadline, self.sink, self.say = device, rounds, deadline, sink, say
         self.small = device.type == "cpu"
         self.rows: list[Row] = []

@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--minutes", type=float, help="begin no new case after this long")
     top.add_argument("--sizes", default="", help=f"of step: any of {', '.join(SIZES)} (default: all)")
     top.add_argument("--variants", default="", help="of step: run only the plan of exactly these, as 'a,b'")
+    top.add_argument("--batch", type=int, default=0, help="of step: images in a step (default: each plan's, 256)")
     top.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")
     top.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"bench: error: no variant {unknown[0]!r}: choose from {', '.join(VARIANTS)}", file=sys.stderr)
         return 2
+    if arguments.batch < 0:
+        print(f"bench: error: --batch {arguments.batch}: needs a positive number of images", file=sys.stderr)
+        return 2
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = arguments.results / f"{device_name(device)}.csv"
     keep = device.type == "cuda" or arguments.record
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     rounds = 3 if device.type == "cpu" and arguments.rounds == 20 else arguments.rounds
-    bench = Bench(device, rounds, deadline, sink, sizes=sizes, variants=variants)
+    bench = Bench(device, rounds, deadline, sink, sizes=sizes, variants=variants, batch=arguments.batch)
     failures = run_subjects(bench, arguments.subjects or SUBJECTS)
     for line in bench.skipped:
         print(f"skipped: {line}")

@@ -95,7 +95,7 @@ class Model:
     width: int = _number(96, 8)
     heads: int = _number(4, 1)
     patch: int = _number(1, 1, 2)
-    mlp_multiple: int = _number(1, 1)  # the MLP's hidden width is rounded up to it; 1: as published, 64: fast products
+    mlp_multiple: int = _number(1, 1)  # the MLP's hidden width is rounded up to it (1: as published)
     classes: int = _number(10, 1)
     label_dropout: float = _number(0.1, 0.0, 1.0)
     repa_width: int = _number(0, 0)  # 0: no REPA projector
@@ -151,7 +151,7 @@ class Probe:
     energy: float = _number(0.2, 0.0)  # C: of kinetic energy beside the log of the distance; 0: the distance alone
     beta: tuple[float, ...] = (0.01, 0.03, 0.1)  # weights of the kinetic energy; the middle one decides for A and B
     loss_weights: tuple[float, ...] = ()  # (): 1 for what lags or is free, 0 for what leads
-    sampling_steps: int = _number(10, 1)  # of the integrator that C scores with
+    sampling_steps: int = _number(0, 0)  # of the integrator that C scores with; 0: the largest of sample.steps
     seed: int = _number(1, 0, 2**63 - 1)
 
 

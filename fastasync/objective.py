@@ -191,15 +191,17 @@ class Objective:
         samples: Tensor,
         ops: Any,
         features: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> LossTerms:
         """The loss of a batch: mean over samples of ``sum_k lam_k w_k error_k`` plus the optional terms.
 
         z [B, C, H, W]; y [B] labels (null class included); times on z's device; samples [B] positions in the batch,
         the noise's key with ``seed`` and ``step`` (an int, or an int64 tensor of one number on the device);
-        ``ops``: the fused operations or their reference; features [B, N, D] for REPA.
+        ``ops``: the fused operations or their reference; features [B, N, D] for REPA; ``dtype``: what the noised state
+        is rounded to (default: z's).  The target is formed from z and the noise, so it is not rounded with it.
         ``model(x, tau, y)`` -> v, or ``model(x, tau, y, return_repa=True)`` -> (v, tokens) when ``features`` are given.
         """
-        x = ops.noising(z, times.tau, self.channels, seed, step, samples)
+        x = ops.noising(z, times.tau, self.channels, seed, step, samples, dtype)
         zero = torch.zeros((), device=z.device)
         repa = zero
         if features is not None and self.repa_weight:

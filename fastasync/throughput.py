@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastasync.config import Config
-from fastasync.training.graph import launch_bound
+from fastasync.training.graph import LAUNCH_BOUND, launch_bound
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
 COMMAND = "make bench SUBJECT=step"
 _SAME = 0.01  # networks whose FLOPs for an image differ by less are one
 _FAR = 30  # a network that takes so many times more or fewer says nothing: what limits the two is not the same
 _SPEED_UP = re.compile(r"([\d.]+)x the plain engine on one GPU")  # what bench.scaling notes
-_COMPILED = {"off": "eager", "regional": "regional", "model": "whole"}  # train.compile in the variants' names
+# train.compile in the variants' names, and with recorded steps
+_COMPILED = {"off": "eager", "regional": "regional", "model": "whole"}
+_RECORDED = {"off": "graph uncompiled", "regional": "regional graph", "model": "graph"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measure
     train = config.train
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = f"{by} {_COMPILED[train.compile]}"
-    if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch):
-        wanted = "ours graph"
+    if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch, LAUNCH_BOUND):
+        wanted = f"ours {_RECORDED[train.compile]}"
     if train.precision == "fp8":
         wanted = "ours fp8" if train.cuda_graph == "off" else "ours fp8 graph"
 

@@ -143,6 +143,22 @@ def test_which_row_counts(results):
     assert choose_step(xl, XL // 100, found) is None
 
 
+@pytest.mark.parametrize(
+    ("compiled", "variant"),
+    [("off", "ours graph uncompiled"), ("regional", "ours regional graph"), ("model", "ours graph")],
+)
+def test_recorded_steps_count_for_who_records(results, compiled, variant):
+    """The row of the way in which the run compiles, where it is recorded and where it is not."""
+    config = apply_settings(preset("imagenet256-xl"), (f"train.compile={compiled}", "train.cuda_graph=on"))
+    names = ("ours eager", "ours regional", "ours whole", "ours graph", "ours regional graph", "ours graph uncompiled")
+    rows = measured_steps(
+        results(*({"variant": name, "date": f"2026-11-2{9 - i} 01:00:00"} for i, name in enumerate(names)))
+    )
+    assert choose_step(config, XL, rows).variant == variant
+    plain = {"off": "ours eager", "regional": "ours regional", "model": "ours whole"}[compiled]
+    assert choose_step(apply_settings(config, ("train.cuda_graph=auto",)), XL, rows).variant == plain
+
+
 def test_what_is_not_measured_is_unknown(tmp_path, results):
     """Installed without the repository, too: there is no such folder."""
     for row, settings, says in (

@@ -19,8 +19,8 @@ from fastasync.probe.generation import gentle_score
 from fastasync.probe.surface import path_gap
 from fastasync.schedule import kinetic_energy, load_schedule, named_schedule
 
-ALONE = "by distance alone"
-EARLIER = ("independent", ALONE)  # variants: C as it was until 2026-11-26, and until that day's evening
+EARLIER = ("independent", "by distance alone")  # variants: C as it was until 2026-11-26, and until that day's evening
+OWN = "for 25 steps"  # scored by as many steps as the sampler's finest grid has
 
 
 def scan_jobs(ledger: Ledger) -> list[Job]:
@@ -38,8 +38,8 @@ def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
     points = ((ledger.study.steps, ledger.study.headline),)
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *ledger.study.rules])
     headline = [Spec(name, seed) for seed in ledger.seeds for name in schedules]
-    if ALONE in ledger.study.probes:
-        headline += [Spec("C", seed, probe=ALONE) for seed in ledger.seeds]
+    if OWN in ledger.study.probes:
+        headline += [Spec("C", seed, probe=OWN) for seed in ledger.seeds]
     return [*rank_jobs(ledger), *scan_jobs(ledger), *(TrainJob(spec, points) for spec in headline)]
 
 
@@ -138,7 +138,7 @@ def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
 
 def _choices(ledger: Ledger) -> Section:
     rows = []
-    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), *(("C", name) for name in EARLIER)):
+    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), *(("C", name) for name in (OWN, *EARLIER))):
         first = None
         for seed in ledger.seeds:
             spec = Spec(rule, seed, probe=variant)
@@ -173,8 +173,8 @@ def _report(ledger: Ledger) -> Report:
     study = ledger.study
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *study.rules])
     rows = []
-    earlier = [Spec("C", 0, probe=variant) for variant in EARLIER if variant in study.probes]
-    for spec in (*(Spec(name, 0) for name in schedules), *earlier):
+    others = [Spec("C", 0, probe=variant) for variant in (OWN, *EARLIER) if variant in study.probes]
+    for spec in (*(Spec(name, 0) for name in schedules), *others):
         row = {"schedule": spec.label, **fids(ledger, spec, study.headline)}
         if any(row[sampler] for sampler in study.headline):
             rows.append({**row, "all": geometric(ledger, spec, study.headline)})
@@ -182,16 +182,16 @@ def _report(ledger: Ledger) -> Report:
                        ["schedule", *study.headline, "all"], rows)  # fmt: skip
     pairs, sentences = [], []
     best = ledger.best_fixed() or {}
-    for rule in study.rules:
+    for spec in (*(Spec(rule, 0) for rule in study.rules), *others[:1]):
         for sampler in study.headline:
             for rival in dict.fromkeys([best.get(sampler), "synchronous"]):
-                found = against(ledger, Spec(rule, 0), Spec(rival, 0), study.steps, sampler) if rival else None
+                found = against(ledger, spec, Spec(rival, 0), study.steps, sampler) if rival else None
                 if found is None:
                     continue
-                pairs.append({"rule": rule, "sampler": sampler, "against": rival, "change": str(found),
+                pairs.append({"rule": spec.label, "sampler": sampler, "against": rival, "change": str(found),
                               "verdict": found.verdict})  # fmt: skip
-                sentences.append(f"{rule} against {rival} at {sampler}: {found} ({found.verdict}).")
-    for spec in earlier:
+                sentences.append(f"{spec.label} against {rival} at {sampler}: {found} ({found.verdict}).")
+    for spec in others:
         for sampler in study.headline:
             found = against(ledger, Spec("C", 0), spec, study.steps, sampler)
             if found:

@@ -1,11 +1,28 @@
-"""RMSNorm with modulation, and the gated residual with the next norm."""
+"""RMSNorm with modulation, the gated residual with the next norm, and sums of partial results (``column_sums``)."""
 
 from __future__ import annotations
 
 import torch
 
 from bench.harness import Bench, Operation
-from bench.subjects.common import Random, dtypes, short, sizes, variants
+from bench.subjects.common import Random, dtypes, kernels, short, sizes, variants
+
+
+def sums(bench: Bench) -> None:
+    """512 rows as wide as the block's: what the gradients of biases and norms end with."""
+    rows, width = (8, 64) if bench.small else (512, 1152)
+    calls = {"reference": lambda x: x.sum(1)}
+    if kernels(bench, "column sums") is not None:
+        from fastasync_kernels.column_sums import column_sums  # imports triton
+
+        calls |= {"reference compiled": torch.compile(calls["reference"], dynamic=False), "triton": column_sums}
+    bench.operation(
+        Operation(
+            *("adaln", "column sums", f"[1, {rows}, {width}]", "float32", calls),
+            lambda seed, batch: [Random(bench.device, seed, torch.float32)(1, rows, width)],
+            *(1, 4 * (rows + 1) * width),
+        )
+    )
 
 
 def run(bench: Bench) -> None:
@@ -49,3 +66,4 @@ def run(bench: Bench) -> None:
                         *(batch, moved[backward] * plane),
                     )
                 )
+    sums(bench)

@@ -1,7 +1,8 @@
 """The casts to fp8 of activations and gradients, in the forms that XL's step and sampling launch them (``fp8_casts``).
 
 Rows alone for passes without gradients; rows, with the columns' largest magnitudes, and then columns where nobody has
-found magnitudes before; both ways at once where the tensor's writer has, without (``both``) and with a hint.
+found magnitudes before; both ways at once where the tensor's writer has, without (``both``) and with a hint.  And the
+writers: adaLN and QK-norm's backward with magnitudes, SwiGLU and its backward with their casts.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from fastasync_kernels import reference
 from fastasync_kernels.fp8_linear import ADALN_PARTS, QKNORM_PARTS
 from torch import Tensor
 
-from bench.harness import Bench, Operation, WrongResult, tensors_of
+from bench.harness import Bench, Operation, WrongResult, tensors_of, with_backward
 from bench.subjects.common import Random, dtypes, kernels, short, sizes
 from fastasync.errors import UserError
+from fastasync.model.embeddings import rope_tables
 from fastasync.training.build import check_fp8
 
 SWIGLU_PARTS = 3  # that XL's hidden width is divided into (fastasync_kernels.swiglu)
 
 
 class Case(NamedTuple):
-    """One cast: of how many columns, in PyTorch and by the kernels, the bytes that it writes for each number.
+    """One operation: on how many columns, in PyTorch and by the kernels, and the fewest bytes that it moves.
 
-    ``inputs`` makes its arguments from x [M, columns].
+    ``inputs`` makes its arguments from x [M, columns].  For each of x's numbers ``planes`` numbers of its dtype and
+    ``written`` bytes of fp8 must move.  ``exact``: the first results, as kernels that have checks of their own and
+    PyTorch's casts give them (default: ``plain``'s in fp8).  ``compiled``: makes the compiled ``plain``.
     """
 
     name: str
@@ -35,6 +39,9 @@ class Case(NamedTuple):
     ours: Callable[..., Any]
     inputs: Callable[[Tensor], list[Any]]
     written: int
+    planes: float = 1
+    exact: Callable[..., Any] | None = None
+    compiled: Callable[[], Callable[..., Any]] | None = None
 
 
 def by_kernels() -> ModuleType:
@@ -45,6 +52,12 @@ def by_kernels() -> ModuleType:
 
 def column_tops(x: Tensor) -> Tensor:
     return x.abs().amax(0).float()
+
+
+def tops(x: Tensor, parts: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The columns' largest magnitudes, and the rows': each side divides rows in its own way, so their parts are kept
+    from the comparison of numbers (``tensors_of`` leaves dictionaries out), and compared whole by ``check_bits``."""
+    return column_tops(x), {"rows": row_tops(x, parts)}
 
 
 def row_tops(x: Tensor, parts: int) -> Tensor:
@@ -63,7 +76,116 @@ def plain_both(x: Tensor, sums: bool = False) -> tuple[Tensor, ...]:
     return rows, scale, *reference.cast_columns(x, top), *((total,) if sums else ())
 
 
-def cases(width: int, hidden: int) -> list[Case]:
+def adaln_case(width: int, tokens: int) -> Case:
+    """The gated form with the magnitudes of what it writes, forward: as the block has it before w12."""
+
+    def inputs(x: Tensor) -> list[Any]:
+        batch = len(x) // tokens
+        gate, shift, scale = (x[i * batch : (i + 1) * batch] for i in range(3))
+        residual, y = (part.view(batch, tokens, width) for part in (x, x.flip(0)))
+        return [residual, y, gate, 1 + 0.1 * x[0].float(), shift, scale]
+
+    def plain(*arguments: Tensor) -> tuple[Any, ...]:
+        residual, h = reference.gated_rmsnorm_modulate(*arguments)
+        return residual, h, *tops(h.flatten(0, 1), ADALN_PARTS)
+
+    def ours(*arguments: Tensor) -> tuple[Any, ...]:
+        from fastasync_kernels.adaln_tops import gated_rmsnorm_modulate_tops
+
+        residual, h, found = gated_rmsnorm_modulate_tops(*arguments)
+        assert found is not None
+        return residual, h, found.columns, {"rows": found.rows}
+
+    def exact(*arguments: Tensor) -> tuple[Any, ...]:
+        from fastasync_kernels.adaln import gated_rmsnorm_modulate
+
+        residual, h = gated_rmsnorm_modulate(*arguments)
+        return residual, h, *tops(h.flatten(0, 1), ADALN_PARTS)
+
+    return Case("adaln gated, tops", width, plain, ours, inputs, 0, 4, exact)
+
+
+def qknorm_case(width: int, tokens: int, heads: int) -> Case:
+    """Forward, and the backward pass with the magnitudes of dqkv as the gradient of a hint."""
+    head = width // heads
+
+    def inputs(x: Tensor) -> list[Any]:
+        batch = len(x) // tokens
+        weights = [(1 + 0.1 * x[i, :head].float()).requires_grad_() for i in range(2)]
+        tables = [table.to(x.device) for table in rope_tables(head, int(tokens**0.5))]
+        upstream = x.flip(0).view(batch, tokens, 3, heads, head).unbind(2)
+        qkv, hint = x.view(batch, tokens, 3 * width).requires_grad_(), hint_of(x.detach(), QKNORM_PARTS)
+        upstream = [part.contiguous().transpose(1, 2) for part in upstream]
+        return [qkv, *weights, *tables, heads, hint.requires_grad_(), upstream]
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return reference.qknorm_rope(*arguments[:-1])
+
+    def plain(*arguments: Any, forward: Any = forward, magnitudes: Any = tops) -> tuple[Any, ...]:
+        q, k, v, dqkv, *weights = with_backward(forward)(*arguments)
+        columns, rows = magnitudes(dqkv.flatten(0, 1), QKNORM_PARTS)
+        return q, k, v, dqkv, columns, *weights, rows
+
+    def compiled() -> Callable[..., Any]:
+        parts = {"forward": forward, "magnitudes": tops}
+        parts = {name: torch.compile(part, dynamic=False) for name, part in parts.items()}
+        return lambda *arguments: plain(*arguments, **parts)
+
+    def ours(*arguments: Any) -> tuple[Any, ...]:
+        from fastasync_kernels.qknorm_rope import qknorm_rope
+        from fastasync_kernels.tops import split_hint
+
+        run = with_backward(lambda *given: qknorm_rope(*given[:-1], hint=given[-1]))
+        q, k, v, dqkv, *weights, dhint = run(*arguments)
+        found, _ = split_hint(dhint, dqkv.shape[0] * tokens, QKNORM_PARTS)
+        return q, k, v, dqkv, found.columns, *weights, {"rows": found.rows}
+
+    def exact(*arguments: Any) -> tuple[Any, ...]:
+        from fastasync_kernels.qknorm_rope import qknorm_rope
+
+        q, k, v, dqkv, *_ = with_backward(lambda *given: qknorm_rope(*given[:-1]))(*arguments)
+        return q, k, v, dqkv, *tops(dqkv.flatten(0, 1), QKNORM_PARTS)
+
+    # forward q and k are read and written, backward q, k and three gradients are read, and three written
+    return Case("qknorm fwd+bwd, hinted", 3 * width, plain, ours, inputs, 0, 4, exact, compiled)
+
+
+def swiglu_cases(hidden: int) -> list[Case]:
+    """A column's magnitude is known after its last row, so what is cast is made twice, or written and read again."""
+
+    def forward(packed: Tensor) -> tuple[Tensor, ...]:
+        return by_kernels().swiglu_cast(packed)
+
+    def exact_forward(packed: Tensor) -> tuple[Tensor, ...]:
+        return plain_both(torch.ops.fastasync.swiglu(packed, None))
+
+    def plain_backward(dout: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        kind = torch.promote_types(packed.dtype, torch.float32)
+        (a, b), g = packed.to(kind).chunk(2, 1), dout.to(kind)
+        s = torch.sigmoid(a)
+        gradient = torch.cat([g * b * s * (1 + a * (1 - s)), g * a * s], 1)
+        return *plain_both(gradient.to(packed.dtype)), gradient.sum(0)
+
+    def backward(dout: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        return by_kernels().swiglu_backward_cast(dout, packed)
+
+    def exact_backward(dout: Tensor, packed: Tensor) -> tuple[Tensor, ...]:
+        return plain_both(torch.ops.fastasync.swiglu_backward(dout, packed, True)[0])
+
+    def inputs_backward(x: Tensor) -> list[Any]:
+        return [x.flip(0)[:, :hidden].contiguous(), x]
+
+    def plain_forward(packed: Tensor) -> tuple[Tensor, ...]:
+        return plain_both(reference.swiglu(packed))
+
+    width = 2 * hidden
+    return [
+        Case("swiglu, both", width, plain_forward, forward, lambda x: [x], 1, 2, exact_forward),
+        Case("swiglu bwd, both", width, plain_backward, backward, inputs_backward, 2, 3, exact_backward),
+    ]
+
+
+def cases(width: int, hidden: int, tokens: int, heads: int) -> list[Case]:
     """Of a block of this width and hidden width: the parts are those of the operations that write the tensors."""
 
     def rows(name: str, columns: int, tops: bool) -> Case:
@@ -90,25 +212,33 @@ def cases(width: int, hidden: int) -> list[Case]:
         return by_kernels().cast_columns(x, top)
 
     return [
+        hinted(width, ADALN_PARTS),
+        hinted(3 * width, QKNORM_PARTS),
+        both(width, ADALN_PARTS),
+        both(hidden, SWIGLU_PARTS),
+        both(2 * hidden, SWIGLU_PARTS),
+        adaln_case(width, tokens),
+        qknorm_case(width, tokens, heads),
+        *swiglu_cases(hidden),
         rows("rows", width, False),
         rows("rows", hidden, False),
         rows("rows, tops", width, True),
         Case("columns", width, reference.cast_columns, columns, lambda x: [x, column_tops(x)], 1),
-        both(width, ADALN_PARTS),
-        both(hidden, SWIGLU_PARTS),
-        both(2 * hidden, SWIGLU_PARTS),
-        hinted(width, ADALN_PARTS),
-        hinted(3 * width, QKNORM_PARTS),
     ]
 
 
-def check_bits(case: Case, x: Tensor) -> None:
-    """Casts are exact: every byte in fp8 is PyTorch's.  Raises WrongResult."""
-    inputs = case.inputs(x)
-    for found, known in zip(tensors_of(case.ours(*inputs)), tensors_of(case.plain(*inputs))):
-        if found.dtype == reference.FP8 and not torch.equal(found.view(torch.uint8), known.view(torch.uint8)):
-            count = int((found.view(torch.uint8) != known.view(torch.uint8)).sum())
-            raise WrongResult(f"{case.name}, {case.columns} columns: {count} numbers in fp8 are not the reference's")
+def check_bits(case: Case, inputs: list[Any]) -> None:
+    """Casts and magnitudes are exact: every byte is that of ``exact``, or in fp8 PyTorch's.  Raises WrongResult."""
+    ours, theirs = case.ours(*inputs), (case.exact or case.plain)(*inputs)
+    pairs = [pair for pair in zip(tensors_of(ours), tensors_of(theirs)) if case.exact or pair[0].dtype == reference.FP8]
+    if isinstance(ours[-1], dict):
+        pairs.append((ours[-1]["rows"].amax(1), theirs[-1]["rows"].amax(1)))
+    for index, (found, known) in enumerate(pairs):
+        if found.dtype == reference.FP8:
+            found, known = found.view(torch.uint8), known.view(torch.uint8)
+        if not torch.equal(found, known):
+            count = int((found != known).sum())
+            raise WrongResult(f"{case.name}, {case.columns} columns: {count} numbers of result {index} are not exact")
 
 
 def run(bench: Bench) -> None:
@@ -121,7 +251,7 @@ def run(bench: Bench) -> None:
     size, batch = sizes(bench), 2 if bench.small else 256
     with_kernels = kernels(bench, "fp8_casts") is not None
     for dtype in dtypes(bench):
-        for case in cases(size["width"], size["hidden"]):
+        for case in cases(size["width"], size["hidden"], size["tokens"], size["heads"]):
 
             def make(seed: int, batch: int, case: Case = case, dtype: torch.dtype = dtype) -> list:
                 x = Random(bench.device, seed, dtype)(batch * size["tokens"], case.columns)
@@ -129,15 +259,17 @@ def run(bench: Bench) -> None:
 
             found = {"reference": case.plain}
             if not bench.small:
-                found["reference compiled"] = torch.compile(case.plain, dynamic=False)
+                found["reference compiled"] = (
+                    case.compiled() if case.compiled else torch.compile(case.plain, dynamic=False)
+                )
             if with_kernels:
-                check_bits(case, make(0, batch)[0])
+                check_bits(case, make(0, batch))
                 found["triton"] = case.ours
             rows = batch * size["tokens"]
             bench.operation(
                 Operation(
                     *("fp8_casts", case.name, f"[{rows}, {case.columns}]", short(dtype)),
-                    *(found, make, batch, rows * case.columns * (dtype.itemsize + case.written)),
+                    *(found, make, batch, rows * case.columns * (dtype.itemsize * case.planes + case.written)),
                     check_batch=batch,  # compiling takes seconds: one shape
                 )
             )

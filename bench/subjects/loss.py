@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from fastasync_kernels import reference
 
 from bench.harness import Bench, Operation, with_backward
 from bench.subjects.common import CHANNELS, Random, kernels, short, variants
 
 
-def noising_and_loss(ops: Any) -> Any:
-    """The forward pass of both, as the objective calls them; the network between them is the identity on ``v``."""
+def noising_and_loss(ops: Any, state: torch.dtype) -> Any:
+    """The forward pass of both, as the objective calls them, the noised state in the dtype ``state``; the network
+    between them is the identity on ``v``."""
 
     def forward(v: Any, z: Any, tau: Any, weight: Any, channels: Any, seed: int, step: Any, samples: Any) -> Any:
-        x = ops.noising(z, tau, channels, seed, step, samples)
+        x = ops.noising(z, tau, channels, seed, step, samples, state)
         return ops.corrected_loss(v, z, weight, channels, seed, step, samples)[0], x
 
     return forward
@@ -43,19 +45,21 @@ def run(bench: Bench) -> None:
             bench.operation(
                 Operation("loss", "forward+backward", shape, short(dtype), only_loss, make, batch, nbytes=nbytes)
             )
-            modules = {"reference": __import__("fastasync_kernels").reference}
+            # in training latents are float32, and the state is in autocast's dtype (the interpreter has no bf16)
+            states = [dtype] if dtype != torch.float32 else [dtype, torch.float16 if bench.small else torch.bfloat16]
             ours = kernels(bench, "noising + loss")
-            calls = {name: with_backward(noising_and_loss(module)) for name, module in modules.items()}
-            if ours is not None:
-                calls["reference compiled"] = with_backward(
-                    torch.compile(noising_and_loss(modules["reference"]), dynamic=False)
+            for state in states:
+                plain = noising_and_loss(reference, state)
+                calls = {"reference": with_backward(plain)}
+                if ours is not None:
+                    calls["reference compiled"] = with_backward(torch.compile(plain, dynamic=False))
+                    calls["triton"] = with_backward(noising_and_loss(ours, state))
+                kinds = short(dtype) if state == dtype else f"{short(dtype)} to {short(state)}"
+                both = numbers * (2 * dtype.itemsize + state.itemsize + 4 + 4)
+                bench.operation(
+                    Operation(
+                        *("loss", "noising + loss", shape, kinds, calls),
+                        lambda seed, batch, make=make: make(seed, batch, both=True),
+                        *(batch, both),
+                    )
                 )
-                calls["triton"] = with_backward(noising_and_loss(ours))
-            both = numbers * (2 * dtype.itemsize + dtype.itemsize + 4 + 4)
-            bench.operation(
-                Operation(
-                    *("loss", "noising + loss", shape, short(dtype), calls),
-                    lambda seed, batch, make=make: make(seed, batch, both=True),
-                    *(batch, both),
-                )
-            )

@@ -1,4 +1,5 @@
-"""The noised state in one pass: ``x = (1 - tau) eps + tau z``, the noise drawn in the kernel."""
+"""The noised state in one pass: ``x = (1 - tau) eps + tau z``, the noise drawn in the kernel; and the other operation
+that draws, label dropout."""
 
 from __future__ import annotations
 
@@ -34,3 +35,11 @@ def run(bench: Bench) -> None:
                     nbytes=numbers * (dtype.itemsize + out.itemsize),
                 )
             )
+
+    def labels(seed: int, batch: int) -> list:
+        samples = torch.arange(batch, device=bench.device)
+        return [samples % 10, 10, 0.1, seed, 3, samples]
+
+    batch = batches[0]
+    calls = variants(bench, "label dropout", "drop_labels", False)
+    bench.operation(Operation("noising", "label dropout", f"[{batch}]", "int64", calls, labels, batch))

@@ -12,19 +12,16 @@ from typing import Any, NamedTuple
 
 import fastasync_kernels
 import torch
-import torch.nn.functional as F
 from fastasync_kernels import attention as kernels_attention
-from fastasync_kernels import gated_mlp, weight_gradient
+from fastasync_kernels import gated_mlp
 from fastasync_kernels.fp8_linear import (
     ADALN_PARTS,
     QKNORM_PARTS,
-    Fp8Rows,
-    fp8_linear,
     fp8_linear_hinted,
     fp8_mlp_hinted,
-    frozen_linear,
     unhinted,
 )
+from fastasync_kernels.zeros import fast_width, hidden_zeros
 from torch import Tensor, nn
 
 from fastasync.errors import UserError
@@ -38,6 +35,7 @@ from fastasync.model.embeddings import (
     short_name,
     unpatchify,
 )
+from fastasync.model.linears import BlockLinear, Linear
 from fastasync.model.recompute import RECOMPUTE, recomputed
 
 REPA_HIDDEN = 2048
@@ -102,37 +100,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
 
-class BlockLinear(nn.Linear):
-    """A linear layer of a block.
-
-    ``fp8``: who casts for its three products in fp8, ``triton`` or ``reference``; ``frozen``: its weight, cast once.
-    ``parts``: parts of the rows that its weight's gradient is summed over (fastasync_kernels.weight_gradient).
-    """
-
-    fp8: str | None = None
-    frozen: Fp8Rows | None = None
-    parts: int = 1
-
-    def product(self, x: Tensor, bias: Tensor) -> Tensor:
-        if self.fp8 is None:
-            if self.parts > 1 and torch.is_grad_enabled():
-                return weight_gradient.linear(x, self.weight, bias, self.parts)
-            return F.linear(x, self.weight, bias)
-        if self.frozen is not None and not torch.is_grad_enabled():
-            return frozen_linear(x, self.frozen, bias, self.fp8 == "triton")
-        return fp8_linear(x, self.weight, bias, self.fp8 == "triton")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
-
-
-class Linear(BlockLinear):
-    """One whose bias can be left to the operation that reads the result, for its gradient."""
-
-    def forward(self, x: Tensor, detach_bias: bool = False) -> Tensor:
-        return self.product(x, self.bias.detach() if detach_bias else self.bias)
-
-
 def hinted(linear: nn.Linear, ops: Ops) -> bool:
     """Whether a linear takes largest magnitudes of its input, and gives a hint (fastasync_kernels.tops): in fp8, by the
     kernels, in training."""
@@ -153,7 +120,7 @@ def project(
         y, hint = fp8_linear_hinted(x, linear.weight, linear.bias, tops, parts)
         return y, None, hint
     if ops.sum_bias and isinstance(linear, Linear) and torch.is_grad_enabled():
-        return linear(x, detach_bias=True), linear.bias, None
+        return linear(x, detach_bias=True), linear.zeros.beside(linear.bias), None
     return linear(x), None, None
 
 
@@ -213,10 +180,12 @@ def hidden_width(width: int, multiple: int = 1) -> int:
 class SwiGLU(nn.Module):
     """Gated MLP ``w3(silu(a) b)`` with [a, b] = w12(h): [B, N, width] -> [B, N, width], and its hint or None.
 
-    ``frozen``: its parameters as quack's products take them, see ``freeze``.
+    ``frozen``: its parameters as products take them, see ``freeze``; ``units``: hidden units of zeros in its products,
+    see ``widen``.
     """
 
     frozen: gated_mlp.FrozenMlp | None = None
+    units: int = 0
 
     def __init__(self, width: int, multiple: int = 1):
         super().__init__()
@@ -231,29 +200,34 @@ class SwiGLU(nn.Module):
     def parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.w12.weight, self.w12.bias, self.w3.weight, self.w3.bias
 
-    def freeze(self, dtype: torch.dtype) -> None:
-        """For passes without gradients by quack, in ``dtype``: the parameters, on their device, change no more.
+    def widen(self, units: int) -> None:
+        """Compute products with ``units`` hidden units of zeros besides: the same results and parameters."""
+        self.units, (self.w12.zeros, self.w3.zeros) = units, hidden_zeros(units)
+
+    def freeze(self, dtype: torch.dtype, backend: str) -> None:
+        """For passes without gradients by ``backend`` in ``dtype``: the parameters, on their device, change no more.
 
         Where they do all the same, they are read again, except in what torch.compile has compiled.
         """
-        self.frozen = gated_mlp.freeze_mlp(*self.parameters_in_order, dtype)
+        self.frozen = gated_mlp.freeze_mlp(*self.parameters_in_order, dtype, backend, self.units)
 
-    def _held(self, h: Tensor) -> gated_mlp.FrozenMlp | None:
-        """The frozen parameters, if they are still the parameters."""
+    def _held(self, h: Tensor, backend: str) -> gated_mlp.FrozenMlp | None:
+        """The frozen parameters for ``backend``, if they are still the parameters."""
         frozen = self.frozen
-        if frozen is None or torch.is_grad_enabled() or h.dtype != frozen.w12.dtype:
+        if frozen is None or torch.is_grad_enabled() or (h.dtype, backend) != (frozen.w12.dtype, frozen.backend):
             return None
         return frozen if torch.compiler.is_compiling() or frozen.stands_for(*self.parameters_in_order) else None
 
     def forward(self, h: Tensor, ops: Ops, tops: Any = None) -> tuple[Tensor, Tensor | None]:
         weights = self.parameters_in_order
         if self.hinted(ops):
-            return fp8_mlp_hinted(h, *weights, tops, ADALN_PARTS)
-        if ops.mlp == "quack" and self.w12.fp8 is self.w3.fp8 is None and h.dtype == torch.bfloat16:
-            if (frozen := self._held(h)) is not None:
-                return gated_mlp.frozen_mlp(h, frozen), None
-            parts = (self.w12.parts, self.w3.parts) if torch.is_grad_enabled() else (1, 1)
-            return gated_mlp.gated_mlp(h, *weights, parts), None
+            return fp8_mlp_hinted(h, *weights, tops, ADALN_PARTS, self.units)
+        if self.w12.fp8 is self.w3.fp8 is None:
+            if (frozen := self._held(h, ops.mlp)) is not None:
+                return gated_mlp.frozen_mlp(h, frozen, ops.swiglu), None
+            if ops.mlp == "quack" and h.dtype == torch.bfloat16:
+                parts = (self.w12.parts, self.w3.parts) if torch.is_grad_enabled() else (1, 1)
+                return gated_mlp.gated_mlp(h, *weights, parts, self.units), None
         packed, bias, _ = project(self.w12, h, ops)
         return self.w3(ops.swiglu(packed, bias=bias)), None
 
@@ -326,7 +300,8 @@ class LightningDiT(nn.Module):
         depth, width, heads: as in ``SIZES``, or any other with width divisible by 4 and head width by 4.
         patch: side of a patch; the network sees (grid / patch)^2 tokens.
         mlp_multiple: the MLP's hidden width, 8/3 of the width, is rounded up to a multiple of it (1: the published
-            form).  Products are fast where it is a multiple of 8 or more, which 8/3 of 256 or 1,024 is not.
+            form).  Products are fast at multiples of 16; the kernels compute others, as 8/3 of 256 or 1,024, with
+            zeros besides (``choose_width``).
         repa_width: width of the features that the REPA projector predicts (768 for DINOv2-B), or None for none.
         repa_depth: the number of blocks after which the projector reads the tokens.
         kernels: ``reference``, ``triton`` or ``auto``: who computes the fused operations.  Changes no checkpoint.
@@ -462,16 +437,36 @@ class LightningDiT(nn.Module):
         With ``auto`` it is measured once in a process, and ``plain`` where the fused operations are the reference.
         Raises UserError when the named backend cannot run here.
         """
-        device, hidden = self.pos_embed.device, hidden_width(self.width, self.mlp_multiple)
+        device = self.pos_embed.device
         ops = self._ops if self._ops is not None else select_ops(self.kernels, device, self._attention())
         wanted = backend or ("plain" if self.mlp == "auto" and not ops.sum_bias else self.mlp)
-        shape = gated_mlp.Shape(batch * (self.grid // self.patch) ** 2, self.width, hidden, self.width)
+        shape = gated_mlp.Shape(batch * (self.grid // self.patch) ** 2, self.width, self.product_hidden, self.width)
         try:
             chosen = gated_mlp.resolve_mlp(wanted, ops.swiglu, device, dtype, shape, gradient)
         except gated_mlp.MlpUnavailable as error:
             raise UserError("model.mlp", wanted, str(error)) from None
         self._ops = ops._replace(mlp=chosen)
         return chosen
+
+    def choose_width(self) -> int:
+        """Fix the hidden width of the MLPs' products for this model's device; returns it.  Call it before the others.
+
+        Where the fused operations run it is one that is fast (fastasync_kernels.zeros), which 2,730 of L is not.  The
+        reference computes as published, as who uses PyTorch alone does.
+        """
+        hidden = hidden_width(self.width, self.mlp_multiple)
+        fused = select_ops(self.kernels, self.pos_embed.device).sum_bias
+        for mlp in self._mlps():
+            mlp.widen(fast_width(hidden) - hidden if fused else 0)
+        return self.product_hidden
+
+    @property
+    def product_hidden(self) -> int:
+        """The hidden width of the MLPs' products."""
+        return hidden_width(self.width, self.mlp_multiple) + self._mlps()[0].units
+
+    def _mlps(self) -> list[SwiGLU]:
+        return [module for module in self.modules() if isinstance(module, SwiGLU)]
 
     def set_recompute(self, what: str) -> None:
         """What the backward pass of every block computes again instead of keeping: one of ``RECOMPUTE``."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fastasync.model.dit import REPA_HIDDEN, LightningDiT, hidden_width
+from fastasync.model.dit import REPA_HIDDEN, LightningDiT
 from fastasync.model.recompute import kept_numbers
 
 _ACTIVATION_BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}  # fp8 products still keep bf16 activations
@@ -61,7 +61,7 @@ def activation_memory(model: LightningDiT, batch: int, precision: str = "bf16", 
     copies).  Where blocks are ``recompute``d (fastasync.model.recompute) the one at work is counted in full.
     """
     tokens = (model.grid // model.patch) ** 2
-    hidden = hidden_width(model.width, model.mlp_multiple)
+    hidden = model.product_hidden
     numbers = model.depth * kept_numbers(recompute, model.width, hidden, model.chosen_mlp)
     if recompute != "none":
         numbers += kept_numbers("none", model.width, hidden, model.chosen_mlp)

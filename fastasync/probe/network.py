@@ -27,6 +27,7 @@ from fastasync.training.graph import GraphedStep, Part, launch_bound
 
 CLIP = 1.0  # largest gradient norm
 WARMUP = 0.05  # of the steps, linear; then the rate falls to zero along a cosine
+RECORDED = 5e12  # FLOPs of a step below which it is recorded and not compiled (ImageNet's takes 9e12, cifar10's 9e10)
 EVALUATION_STEP = 2**31  # steps from here on key the noise of evaluations: never that of a training step
 
 
@@ -225,6 +226,11 @@ def check_finite(loss: float, step: int) -> None:
         raise UserError("probe.lr", None, f"the probe's loss is {loss} at step {step}: use a smaller learning rate")
 
 
+def is_recorded(config: Config, model: LightningDiT) -> bool:
+    """Whether the probe's steps are recorded on CUDA: where compiling takes longer than a small probe's training."""
+    return launch_bound(config.train.cuda_graph, train_flops(model) * config.probe.batch, RECORDED)
+
+
 def surface_step(
     model: LightningDiT, trainer: Trainer, config: Config, device: torch.device | str
 ) -> Callable[[int, Sequence[Part]], tuple[Tensor]]:
@@ -236,8 +242,8 @@ def surface_step(
     ops = fastasync_kernels.select(config.model.kernels, device)
     network: Any = model
     cuda = torch.device(device).type == "cuda"
-    recorded = cuda and launch_bound(config.train.cuda_graph, train_flops(model) * batch)
-    if cuda and config.train.compile != "off" and not recorded:  # compiling takes longer than a small probe's training
+    recorded = cuda and is_recorded(config, model)
+    if cuda and config.train.compile != "off" and not recorded:
         shorten_compiler_messages()
         network = torch.compile(model)
     samples = torch.arange(batch, device=device)

@@ -12,13 +12,15 @@ import torch
 from fastasync_kernels import attention, gated_mlp, weight_gradient
 from fastasync_kernels.fp8_linear import frozen_rows
 from fastasync_kernels.reference import FP8_MULTIPLE
+from fastasync_kernels.zeros import fast_width
 
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
 from fastasync.distributed import session
 from fastasync.errors import UserError
 from fastasync.model import SIZES, UNDIVIDED, LightningDiT, Zero, memory_estimate, memory_with_zero
-from fastasync.model.dit import BlockLinear, Linear, SwiGLU, hidden_width, select_ops
+from fastasync.model.dit import SwiGLU, hidden_width, select_ops
+from fastasync.model.linears import BlockLinear, Linear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
@@ -70,6 +72,7 @@ def prepare_model(
     train = config.train
     model = model.to(device)
     dtype = choose_autocast(train.precision, device)
+    model.choose_width()
     model.choose_attention(batch, dtype or torch.float32)
     if train.precision == "fp8":
         use_fp8(model, device)
@@ -144,6 +147,7 @@ def prepare_sampling(
     Raises UserError for what cannot run here.
     """
     dtype = choose_autocast(precision, device)
+    model.choose_width()
     model.choose_attention(batch, dtype or torch.float32, gradient=False)
     if precision == "fp8":
         use_fp8(model, device, frozen=True)
@@ -153,8 +157,8 @@ def prepare_sampling(
     if dtype is not None:
         round_linears(model, dtype)
     for module in model.modules():
-        if isinstance(module, SwiGLU) and model.chosen_mlp == "quack":
-            module.freeze(dtype or torch.float32)
+        if isinstance(module, SwiGLU) and (model.chosen_mlp == "quack" or module.units):
+            module.freeze(dtype or torch.float32, model.chosen_mlp)
     return dtype
 
 
@@ -163,7 +167,7 @@ def divide_weight_gradients(model: LightningDiT, batch: int, dtype: torch.dtype,
     rows = batch * (model.grid // model.patch) ** 2
     for module in model.modules():
         if isinstance(module, BlockLinear) and module.weight.requires_grad:
-            outputs, inputs = module.weight.shape
+            outputs, inputs = module.product_shape
             module.parts = weight_gradient.choose_parts(rows, outputs, inputs, dtype, device)
 
 
@@ -203,7 +207,9 @@ def check_training(config: Config, device: torch.device) -> None:
         if train.precision == "fp8" or train.zero == 3:
             field = "train.zero=3" if train.zero == 3 else "train.precision=fp8"
             raise UserError("model.mlp", "quack", f"does not go with {field}: choose auto or plain")
-        sizes = gated_mlp.Shape(train.batch * tokens, width, hidden_width(width, model.mlp_multiple), width)
+        hidden = hidden_width(width, model.mlp_multiple)
+        hidden = fast_width(hidden) if select_ops(model.kernels, device).sum_bias else hidden
+        sizes = gated_mlp.Shape(train.batch * tokens, width, hidden, width)
         if reason := gated_mlp.refusal(device, dtype, sizes):
             raise UserError("model.mlp", "quack", reason)
     if model.attention != "auto":  # auto takes what there is
@@ -224,8 +230,8 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, fr
     """Run the block linears' products, forward and backward, in fp8 with a scale for each row, in place.
 
     adaLN, embeddings, REPA and the final layer stay as they are, and so do the names and shapes of the state dict.
-    Block linears with a size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B), with a line that says
-    so.
+    Block linears whose products have a size that is no multiple of 16 stay in bf16 too (the MLPs of L and 1p6B, without
+    the kernels: see ``LightningDiT.choose_width``), with a line that says so.
     ``emulate``: on any device, slowly.  ``frozen``: the weights, on their device, change no more: they are cast once,
     for passes without gradients.  Raises UserError without a GPU that has fp8 products.
     """
@@ -236,13 +242,14 @@ def use_fp8(model: LightningDiT, device: torch.device, emulate: bool = False, fr
         _log.warning("fp8: casts in PyTorch, much slower, for those of the kernels are wrong here: %s", fault)
         kind = "reference"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, BlockLinear)}
-    odd = [name for name, linear in linears.items() if any(size % FP8_MULTIPLE for size in linear.weight.shape)]
+    odd = [name for name, linear in linears.items() if any(size % FP8_MULTIPLE for size in linear.product_shape)]
     if odd:
         counts, shape = f"{len(odd)} of {len(linears)}", list(linears[odd[0]].weight.shape)
         _log.warning("fp8: %s block linears stay in bf16, %s %s is no multiple of 16 both ways", counts, odd[0], shape)
     for name, linear in linears.items():
         linear.fp8 = None if name in odd else kind
-        linear.frozen = frozen_rows(linear.weight, kind == "triton") if frozen and linear.fp8 else None
+        weight = linear.zeros.beside(linear.weight)
+        linear.frozen = frozen_rows(weight, kind == "triton") if frozen and linear.fp8 else None
 
 
 def _casts_fault(device: torch.device) -> str:

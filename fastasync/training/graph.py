@@ -42,9 +42,9 @@ class Part(NamedTuple):
 StepFunction = Callable[[int | Tensor, Sequence[Part]], tuple[Tensor, ...]]
 
 
-def launch_bound(choice: str, step_flops: float) -> bool:
-    """Whether ``train.cuda_graph`` = ``choice`` asks for a recording of steps of so many FLOPs."""
-    return choice == "on" or (choice == "auto" and step_flops < LAUNCH_BOUND)
+def launch_bound(choice: str, step_flops: float, bound: float) -> bool:
+    """Whether ``train.cuda_graph`` = ``choice`` asks for a recording: ``on``, or ``auto`` below ``bound``."""
+    return choice == "on" or (choice == "auto" and step_flops < bound)
 
 
 def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float, precision: str) -> bool:
@@ -56,7 +56,7 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     if choice == "on" and not possible:
         remedy = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
         raise UserError("train.cuda_graph", choice, remedy)
-    return possible and (launch_bound(choice, step_flops) or (choice == "auto" and precision == "fp8"))
+    return possible and (launch_bound(choice, step_flops, LAUNCH_BOUND) or (choice == "auto" and precision == "fp8"))
 
 
 class Memory(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastasync.config import Config
 from fastasync.objective import Objective, Times
+from fastasync.training.build import choose_autocast
 from fastasync.training.engine import Compute, Engine
 from fastasync.training.graph import Part
 
@@ -20,6 +21,7 @@ def step_function(engine: Engine, config: Config, objective: Objective, ops: Any
     ``samples``: for each part the positions in the batch, integer on the device: with seed and step they key the noise
     and the label dropout.  ``compute`` returns the step's terms, float32 [1 + K + 2]: loss, errors, cosine, REPA.
     """
+    dtype = choose_autocast(config.train.precision, engine.device)  # the network would round its input to it
     seed, null_class, rate = config.data.seed, config.model.classes, config.model.label_dropout
 
     def compute(step: int | Tensor, parts: Sequence[Part]) -> Tensor:
@@ -27,10 +29,8 @@ def step_function(engine: Engine, config: Config, objective: Objective, ops: Any
         for at_model, part in zip(samples, parts, strict=True):
             y = ops.drop_labels(part.y, null_class, rate, seed, step, at_model)
             times = Times(part.tau, part.tau, part.weight)  # the global time has done its work
-            features = part.features
-            terms = objective(
-                engine.forward, part.z, y, times, seed=seed, step=step, samples=at_model, ops=ops, features=features
-            )
+            keys = {"seed": seed, "step": step, "samples": at_model}
+            terms = objective(engine.forward, part.z, y, times, **keys, ops=ops, features=part.features, dtype=dtype)
             engine.backward(terms.total)
             values = (terms.total.detach()[None], terms.errors, terms.cosine[None], terms.repa[None])
             sums.append(torch.cat([value.to(torch.float32) for value in values]))

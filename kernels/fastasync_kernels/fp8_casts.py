@@ -25,7 +25,10 @@ from .swiglu import backward_with_tops, forward_with_tops
 from .tops import Tops, column_tops, hint_size, split_hint
 
 ROWS = Launch(chunk=128, columns=8192, warps=4)  # columns: numbers at a time, in as many rows as that makes
-PROGRAMS = 512  # that cast rows, at least: four for each multiprocessor of an H100 or H200
+# that cast many rows: more than an H100 or H200 runs at a time.  Each that finds the largest magnitudes of columns too
+# leaves a row of partial results: four for each multiprocessor, which has room for five
+PROGRAMS, TOPS_PROGRAMS = 2048, 512
+WIDE = 512  # columns of a piece of a row
 COLUMNS = Launch(rows=256, columns=64, warps=8)
 BOTH = Launch(rows=64, columns=128, warps=4)
 HINTED = Launch(rows=64, columns=64, warps=2)
@@ -39,34 +42,70 @@ def _scale(top):
 
 
 @triton.jit
+def _pieces(COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """Columns of a head or a tail block, [COLUMNS / WIDE, 1, WIDE].
+
+    With pieces on an axis of their own a warp has rows for itself where there are four or more: a thread reads 16
+    numbers, a warp 512.  The compiler divides a row of a block [rows, columns] among warps instead if it is wider, and
+    they wait for each other nine times in every turn (1,152 columns).
+    """
+    return tl.arange(0, COLUMNS // WIDE)[:, None, None] * WIDE + tl.arange(0, WIDE)[None, None, :]
+
+
+@triton.jit
+def _row_of(step, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """A program's rows in one of CHUNK / ROWS steps, [1, ROWS, 1]: each is in a run of its own."""
+    run: tl.constexpr = CHUNK // ROWS
+    return tl.program_id(0) * CHUNK + step + run * tl.arange(0, ROWS)[None, :, None]
+
+
+@triton.jit
+def _row_tops(x0, x1):
+    """Largest magnitudes of the rows of a head and a tail block, [1, ROWS, 1]."""
+    top0 = tl.max(tl.max(tl.abs(x0), 2), 0)
+    return tl.maximum(top0, tl.max(tl.max(tl.abs(x1), 2), 0))[None, :, None]
+
+
+@triton.jit
+def _store_rows(place, row, values, rows):
+    """One number for each row, by the first thread of its warp: a block of numbers alone would go through memory."""
+    lane = tl.arange(0, 32)[None, None, :]
+    tl.store(place + row + 0 * lane, values + tl.zeros([1, 1, 32], tl.float32), (row < rows) & (lane == 0))
+
+
+@triton.jit
+def _store_column_tops(part, c0, c1, top0, top1, C: tl.constexpr):
+    tl.store(part + c0, tl.max(top0, 1)[:, None, :])
+    tl.store(part + c1, tl.max(top1, 1)[:, None, :], c1 < C)
+
+
+@triton.jit
 def _cast_rows_kernel(
     x_ptr, out_ptr, scale_ptr, part_ptr, rows, x_row,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    TOPS: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
-    c0 = tl.arange(0, HEAD)[None, :]
-    c1 = HEAD + tl.arange(0, TAIL)[None, :]
-    top0 = tl.zeros([ROWS, HEAD], tl.float32)
-    top1 = tl.zeros([ROWS, TAIL], tl.float32)
-    for start in range(0, CHUNK, ROWS):
-        row = tl.program_id(0) * CHUNK + start + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None]
-        source = x_ptr + row.to(tl.int64)[:, None] * x_row
-        target = out_ptr + row.to(tl.int64)[:, None] * C
+    c0 = _pieces(HEAD, WIDE)
+    c1 = HEAD + _pieces(TAIL, NARROW)
+    top0 = tl.zeros([HEAD // WIDE, ROWS, WIDE], tl.float32)
+    top1 = tl.zeros([TAIL // NARROW, ROWS, NARROW], tl.float32)
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    for step in range(0, CHUNK // ROWS):
+        row = _row_of(step, CHUNK, ROWS)
+        inside = row < rows
+        source = x_ptr + row.to(tl.int64) * x_row
+        target = out_ptr + row.to(tl.int64) * C
         x0 = tl.load(source + c0, inside, 0.0).to(tl.float32)
         x1 = tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32)
-        scale, inverse = _scale(tl.maximum(tl.max(tl.abs(x0), 1), tl.max(tl.abs(x1), 1)))
-        tl.store(target + c0, (x0 * inverse[:, None]).to(out_ptr.dtype.element_ty), inside)
-        tl.store(target + c1, (x1 * inverse[:, None]).to(out_ptr.dtype.element_ty), inside & (c1 < C))
-        tl.store(scale_ptr + row, scale, row < rows)
+        scale, inverse = _scale(_row_tops(x0, x1))
+        tl.store(target + c0, (x0 * inverse).to(kind), inside)
+        tl.store(target + c1, (x1 * inverse).to(kind), inside & (c1 < C))
+        _store_rows(scale_ptr, row, scale, rows)
         if TOPS:
             top0 = tl.maximum(top0, tl.abs(x0))
             top1 = tl.maximum(top1, tl.abs(x1))
     if TOPS:
-        part = part_ptr + tl.program_id(0).to(tl.int64) * C
-        tl.store(part + tl.arange(0, HEAD), tl.max(top0, 0))
-        column = HEAD + tl.arange(0, TAIL)
-        tl.store(part + column, tl.max(top1, 0), column < C)
+        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, c0, c1, top0, top1, C)
 
 
 @triton.jit
@@ -91,27 +130,25 @@ def _cast_columns_kernel(
 @triton.jit
 def _find_tops_kernel(
     x_ptr, count_ptr, row_top_ptr, part_ptr, rows, x_row,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitudes of the rows, and of the columns in parts, unless the hint has them: its count is one."""
     if tl.load(count_ptr) != 1.0:
-        c0 = tl.arange(0, HEAD)[None, :]
-        c1 = HEAD + tl.arange(0, TAIL)[None, :]
-        top0 = tl.zeros([ROWS, HEAD], tl.float32)
-        top1 = tl.zeros([ROWS, TAIL], tl.float32)
-        for start in range(0, CHUNK, ROWS):
-            row = tl.program_id(0) * CHUNK + start + tl.arange(0, ROWS)
-            inside = (row < rows)[:, None]
-            source = x_ptr + row.to(tl.int64)[:, None] * x_row
-            x0 = tl.abs(tl.load(source + c0, inside, 0.0).to(tl.float32))
-            x1 = tl.abs(tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32))
-            tl.store(row_top_ptr + row, tl.maximum(tl.max(x0, 1), tl.max(x1, 1)), row < rows)
-            top0 = tl.maximum(top0, x0)
-            top1 = tl.maximum(top1, x1)
-        part = part_ptr + tl.program_id(0).to(tl.int64) * C
-        tl.store(part + tl.arange(0, HEAD), tl.max(top0, 0))
-        column = HEAD + tl.arange(0, TAIL)
-        tl.store(part + column, tl.max(top1, 0), column < C)
+        c0 = _pieces(HEAD, WIDE)
+        c1 = HEAD + _pieces(TAIL, NARROW)
+        top0 = tl.zeros([HEAD // WIDE, ROWS, WIDE], tl.float32)
+        top1 = tl.zeros([TAIL // NARROW, ROWS, NARROW], tl.float32)
+        for step in range(0, CHUNK // ROWS):
+            row = _row_of(step, CHUNK, ROWS)
+            inside = row < rows
+            source = x_ptr + row.to(tl.int64) * x_row
+            x0 = tl.load(source + c0, inside, 0.0).to(tl.float32)
+            x1 = tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32)
+            _store_rows(row_top_ptr, row, _row_tops(x0, x1), rows)
+            top0 = tl.maximum(top0, tl.abs(x0))
+            top1 = tl.maximum(top1, tl.abs(x1))
+        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, c0, c1, top0, top1, C)
 
 
 @triton.jit
@@ -170,19 +207,21 @@ def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scale, x.new_empty(x.shape[1] if tops else 0, dtype=torch.float32)
 
 
-def _rows_meta(width: int, count: int = 65536) -> dict[str, Any]:
+def _rows_meta(width: int, count: int = 65536, tops: bool = True) -> dict[str, Any]:
     head, tail = head_and_tail(width)
     rows = max(1, ROWS.columns // (head + tail))
     rows = 1 << (rows.bit_length() - 1)
-    few = triton.next_power_of_2(triton.cdiv(count, PROGRAMS))  # a weight has few rows: a program for each few of them
-    return {"C": width, "HEAD": head, "TAIL": tail, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
+    # a weight has few rows: a program for each few of them
+    few = triton.next_power_of_2(triton.cdiv(count, TOPS_PROGRAMS if tops else PROGRAMS))
+    meta = {"C": width, "HEAD": head, "TAIL": tail, "WIDE": min(WIDE, head), "NARROW": min(WIDE, tail)}
+    return {**meta, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
 
 
 @torch.library.custom_op("fastasync::cast_rows", mutates_args=())
 def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
     out, scale, top = _empty_rows(x, tops)
-    width, meta = x.shape[1], _rows_meta(x.shape[1], len(x))
+    width, meta = x.shape[1], _rows_meta(x.shape[1], len(x), tops)
     programs = triton.cdiv(len(x), meta["CHUNK"])
     parts = x.new_empty((programs, width) if tops else 0, dtype=torch.float32)
     with on_device(x):
@@ -347,10 +386,11 @@ def _offline() -> list[OfflineCase]:
     for kind in ("*bf16", "*fp32"):
         for width in (1152, 3456, 6144):
             signature = {"x_ptr": kind, "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "rows": "i32", "x_row": "i32"}
-            meta = {**_rows_meta(width), "TOPS": True}
-            cases.append(
-                OfflineCase(_cast_rows_kernel, signature | {"part_ptr": "*fp32"}, meta, ROWS.warps, ("x_row",))
-            )
+            for tops in (False, True):
+                meta = {**_rows_meta(width, tops=tops), "TOPS": tops}
+                cases.append(
+                    OfflineCase(_cast_rows_kernel, signature | {"part_ptr": "*fp32"}, meta, ROWS.warps, ("x_row",))
+                )
             signature |= {"top_ptr": "*fp32", "out_row": "i32"}
             meta = {"C": width, "ROWS": COLUMNS.rows, "COLUMNS": COLUMNS.columns}
             cases.append(OfflineCase(_cast_columns_kernel, signature, meta, COLUMNS.warps, ("x_row", "out_row")))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .zeros import NO_ZEROS, Zeros, hidden_zeros
 
 if TYPE_CHECKING:
     from .tops import Tops  # imports triton
@@ -102,7 +103,7 @@ class _Linear(torch.autograd.Function):
 class _Mlp(torch.autograd.Function):
     """``w3(swiglu(w12(x)))`` by the kernels: swiglu finds the largest magnitudes of what it writes.
 
-    ``parts`` and ``tops`` as in ``_Linear``.
+    ``parts`` and ``tops`` as in ``_Linear``; ``units``: hidden units of zeros besides (``zeros``).
     """
 
     @staticmethod
@@ -116,21 +117,23 @@ class _Mlp(torch.autograd.Function):
         row_tops: Tensor | None,
         column_tops: Tensor | None,
         parts: int,
+        units: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ops, casts = _ops(True), _casts()
+        beside12, beside3 = hidden_zeros(units)
         flat = _unit_stride(x.flatten(0, -2))
         if row_tops is not None and column_tops is not None:
             x8, sx, *columns = casts.cast_both(flat, casts.Tops(row_tops, column_tops))
         else:
             x8, sx, top_x = ops.cast_rows(flat, True)
             columns = ops.cast_columns(flat, top_x)
-        w12_8, s12, top_12 = ops.cast_rows(w12, True)
-        packed = product(Fp8Rows(x8, sx), Fp8Rows(w12_8, s12), b12.to(torch.bfloat16))
+        w12_8, s12, top_12 = ops.cast_rows(beside12.beside(w12), True)
+        packed = product(Fp8Rows(x8, sx), Fp8Rows(w12_8, s12), beside12.beside(b12.to(torch.bfloat16)))
         h8, sh, ht8, sht = casts.swiglu_cast(packed)
-        w3_8, s3, top_3 = ops.cast_rows(w3, True)
+        w3_8, s3, top_3 = ops.cast_rows(beside3.beside(w3), True)
         y = product(Fp8Rows(h8, sh), Fp8Rows(w3_8, s3), b3.to(torch.bfloat16))
         ctx.save_for_backward(w12, top_12, w3, top_3, packed, *columns, ht8, sht)
-        ctx.x_dtype, ctx.bias_dtypes, ctx.parts = x.dtype, (b12.dtype, b3.dtype), parts
+        ctx.x_dtype, ctx.bias_dtypes, ctx.parts, ctx.units = x.dtype, (b12.dtype, b3.dtype), parts, units
         y = y.to(x.dtype).unflatten(0, x.shape[:-1])
         return (y, _new_hint(y, parts)) if parts else y
 
@@ -138,19 +141,21 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ops, casts = _ops(True), _casts()
         w12, top_12, w3, top_3, packed, xt8, sxt, ht8, sht = ctx.saved_tensors
+        beside12, beside3 = hidden_zeros(ctx.units)
         g = _unit_stride(grads[0].flatten(0, -2))
         if ctx.parts:
             g8, sg, *columns, db3 = casts.cast_hinted(g, grads[1], ctx.parts, True)
         else:
             g8, sg, top_g = ops.cast_rows(g, True)
             columns, db3 = ops.cast_columns(g, top_g), g.sum(0, dtype=torch.float32)
-        dh = product(Fp8Rows(g8, sg), Fp8Rows(*ops.cast_columns(w3, top_3)))
-        dw3 = product(Fp8Rows(*columns), Fp8Rows(ht8, sht)).to(w3.dtype)
+        dh = product(Fp8Rows(g8, sg), Fp8Rows(*ops.cast_columns(beside3.beside_again(w3), top_3)))
+        dw3 = beside3.without(product(Fp8Rows(*columns), Fp8Rows(ht8, sht))).to(w3.dtype)
         a8, sa, at8, sat, db12 = casts.swiglu_backward_cast(dh, packed)
-        dx = product(Fp8Rows(a8, sa), Fp8Rows(*ops.cast_columns(w12, top_12)))
-        dw12 = product(Fp8Rows(at8, sat), Fp8Rows(xt8, sxt)).to(w12.dtype)
+        dx = product(Fp8Rows(a8, sa), Fp8Rows(*ops.cast_columns(beside12.beside_again(w12), top_12)))
+        dw12 = beside12.without(product(Fp8Rows(at8, sat), Fp8Rows(xt8, sxt))).to(w12.dtype)
         dx = dx.to(ctx.x_dtype).unflatten(0, grads[0].shape[:-1])
-        return dx, dw12, db12.to(ctx.bias_dtypes[0]), dw3, db3.to(ctx.bias_dtypes[1]), None, None, None
+        db12 = beside12.without(db12).to(ctx.bias_dtypes[0])
+        return dx, dw12, db12, dw3, db3.to(ctx.bias_dtypes[1]), None, None, None, None
 
 
 def _new_hint(y: Tensor, parts: int) -> Tensor:
@@ -192,10 +197,15 @@ def _ops(triton: bool) -> ModuleType:
     return reference
 
 
-def _check_sizes(weight: Tensor) -> None:
-    if any(size % reference.FP8_MULTIPLE for size in weight.shape):
-        shape = list(weight.shape)
-        raise ValueError(f"weight has shape {shape}: fp8 needs multiples of {reference.FP8_MULTIPLE} both ways")
+def _check_sizes(weight: Tensor, zeros: Zeros = NO_ZEROS) -> None:
+    shape = zeros.shape_beside(weight)
+    if any(size % reference.FP8_MULTIPLE for size in shape):
+        raise ValueError(f"weight has shape {list(shape)}: fp8 needs multiples of {reference.FP8_MULTIPLE} both ways")
+
+
+def _check_mlp(w12: Tensor, w3: Tensor, units: int) -> None:
+    for weight, zeros in zip((w12, w3), hidden_zeros(units)):
+        _check_sizes(weight, zeros)
 
 
 def frozen_rows(weight: Tensor, triton: bool = True) -> Fp8Rows:
@@ -210,27 +220,25 @@ def frozen_linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None, triton
     return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def fp8_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor) -> Tensor:
+def fp8_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, units: int = 0) -> Tensor:
     """``w3 swiglu(w12 x + b12) + b3`` in fp8 by the kernels, with all gradients: the same numbers as the three in turn.
 
-    x [M, ..., K], w12 [2 F, K], w3 [N, F], biases [2 F] and [N] -> [M, ..., N] in x's dtype.  K, 2 F, F and N:
-    multiples of 16 (ValueError).
+    x [M, ..., K], w12 [2 F, K], w3 [N, F], biases [2 F] and [N] -> [M, ..., N] in x's dtype.  ``units``: hidden units
+    of zeros that are computed besides (``zeros``).  K, N and F + units: multiples of 16 (ValueError).
     """
-    for weight in (w12, w3):
-        _check_sizes(weight)
-    return _Mlp.apply(x, w12, b12, w3, b3, None, None, 0)
+    _check_mlp(w12, w3, units)
+    return _Mlp.apply(x, w12, b12, w3, b3, None, None, 0, units)
 
 
 def fp8_mlp_hinted(
-    x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, tops: Tops | None, parts: int
+    x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, tops: Tops | None, parts: int, units: int = 0
 ) -> tuple[Tensor, Tensor]:
     """``fp8_mlp`` with x's largest magnitudes where they are known, and a hint for who reads the result (``tops``).
 
     ``parts``: how many numbers that operation gives for a row of its gradient.  Returns [M, ..., N] and the hint.
     """
-    for weight in (w12, w3):
-        _check_sizes(weight)
-    return _Mlp.apply(x, w12, b12, w3, b3, *(tops or (None, None)), parts)
+    _check_mlp(w12, w3, units)
+    return _Mlp.apply(x, w12, b12, w3, b3, *(tops or (None, None)), parts, units)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, triton: bool = True) -> Tensor:

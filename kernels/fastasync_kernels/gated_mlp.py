@@ -31,10 +31,13 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable imports the
 from . import reference
 from ._timing import recorded_milliseconds
 from .weight_gradient import weight_gradient
+from .zeros import hidden_zeros
 
+SwiGLU = Callable[..., Tensor]  # signature in ``reference``
 BACKENDS = ("plain", "quack")
 EXTRA = "pip install 'fastasync[quack]'"
 ALIGNED = 8  # numbers of 16 bits: TMA's 16 bytes
+DTYPES = (torch.bfloat16, torch.float16)  # that quack's products take
 GAIN = 0.99  # of the plain operations' time: what is worth another package's kernels
 _CHECKED_ROWS = 1000  # no multiple of a tile
 _UNTRIED = "could not be tried"
@@ -98,18 +101,26 @@ def _ordered(pairs: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Mlp(torch.autograd.Function):
-    """``parts``: that the gradients of w12 and w3 are summed over (``weight_gradient``)."""
+    """``parts``: that the gradients of w12 and w3 are summed over (``weight_gradient``); ``units``: of ``zeros``."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts: tuple[int, int], keep: bool
+        ctx: Any,
+        x: Tensor,
+        w12: Tensor,
+        b12: Tensor,
+        w3: Tensor,
+        b3: Tensor,
+        parts: tuple[int, int],
+        units: int,
+        keep: bool,
     ) -> Tensor:
-        rows = x.flatten(0, -2).contiguous()
-        turned, last = by_turns(w12, x.dtype), w3.to(x.dtype)
-        packed, h = _gated_op(rows, turned, by_turns(b12, x.dtype), keep)
+        rows, (beside12, beside3) = x.flatten(0, -2).contiguous(), hidden_zeros(units)
+        turned, last = by_turns(beside12.beside(w12), x.dtype), w3.to(x.dtype)
+        packed, h = _gated_op(rows, turned, by_turns(beside12.beside(b12), x.dtype), keep)
         ctx.save_for_backward(rows, turned, last, packed)
-        ctx.parts, ctx.dtypes = parts, tuple(part.dtype for part in (w12, b12, w3, b3))
-        y = F.linear(h, last, b3.to(x.dtype)).unflatten(0, x.shape[:-1])
+        ctx.parts, ctx.units, ctx.dtypes = parts, units, tuple(part.dtype for part in (w12, b12, w3, b3))
+        y = F.linear(h, beside3.beside(last), b3.to(x.dtype)).unflatten(0, x.shape[:-1])
         if not torch.compiler.is_compiling():
             # who recomputes selectively keeps both results of the product, and the backward pass reads packed alone
             h.untyped_storage().resize_(0)
@@ -118,24 +129,30 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, w12, w3, packed = ctx.saved_tensors
+        beside12, beside3 = hidden_zeros(ctx.units)
         g = grads[0].flatten(0, -2).contiguous()
-        dpacked, h, db12 = _gated_backward_op(g, w3, packed)
+        dpacked, h, db12 = _gated_backward_op(g, beside3.beside_again(w3), packed)
         kinds, needs = ctx.dtypes, ctx.needs_input_grad
         dx = (dpacked @ w12).unflatten(0, grads[0].shape[:-1]) if needs[0] else None
-        dw12 = as_halves(weight_gradient(dpacked, rows, ctx.parts[0]), kinds[0]) if needs[1] else None
-        dw3 = weight_gradient(g, h, ctx.parts[1]).to(kinds[2]) if needs[3] else None
+        dw12 = beside12.without(as_halves(weight_gradient(dpacked, rows, ctx.parts[0]), kinds[0])) if needs[1] else None
+        db12 = beside12.without(db12).to(kinds[1]) if needs[2] else None
+        dw3 = beside3.without(weight_gradient(g, h, ctx.parts[1])).to(kinds[2]) if needs[3] else None
         db3 = g.sum(0, dtype=torch.float32).to(kinds[3]) if needs[4] else None
-        return dx, dw12, db12.to(kinds[1]) if needs[2] else None, dw3, db3, None, None
+        return dx, dw12, db12, dw3, db3, None, None, None
 
 
-def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts: tuple[int, int] = (1, 1)) -> Tensor:
+def gated_mlp(
+    x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts: tuple[int, int] = (1, 1), units: int = 0
+) -> Tensor:
     """``w3 (silu(a) b) + b3`` with [a, b] = ``w12 x + b12``: x [..., K] -> [..., N], in x's dtype.
 
     w12 [2 F, K], gate first, w3 [N, F], biases [2 F] and [N], of any floating dtype: they are rounded to x's, and their
-    gradients have their own.  x must be what quack takes (bfloat16 or float16).  ValueError for shapes that do not fit,
-    K, N or F that is no multiple of 8, and tensors on several devices.
+    gradients have their own.  ``units``: hidden units of zeros that are computed besides (``zeros``).  TypeError for an
+    x of a dtype that is none of ``DTYPES``, ValueError for shapes that do not fit, K, N or F + units that is no
+    multiple of 8, and tensors on several devices.
     ``parts`` must divide the rows of x, those for w12 and for w3 (ValueError).
     """
+    _check_dtype(x.dtype)
     if w12.dim() != 2 or w3.dim() != 2 or w12.shape != (2 * w3.shape[1], x.shape[-1]):
         shapes = f"{list(x.shape)}, {list(w12.shape)}, {list(w3.shape)}"
         raise ValueError(f"x, w12 and w3 must be [..., K], [2 F, K] and [N, F], not {shapes}")
@@ -143,25 +160,32 @@ def gated_mlp(x: Tensor, w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, parts
         raise ValueError(f"biases must be [2 F] and [N], not {list(b12.shape)}, {list(b3.shape)}")
     if not x.device == w12.device == b12.device == w3.device == b3.device:
         raise ValueError(f"x is on {x.device}, w12 on {w12.device}, w3 on {w3.device}: all must be on one device")
-    if fault := _sizes_fault(w12.shape[1], w3.shape[1], w3.shape[0]):
+    if fault := _sizes_fault(w12.shape[1], w3.shape[1] + units, w3.shape[0]):
         raise ValueError(fault)
     count = x.shape[:-1].numel()
     if any(part < 1 or count % part for part in parts):
         raise ValueError(f"parts {parts} must divide the {count} rows of x")
     keep = torch.is_grad_enabled() and any(part.requires_grad for part in (x, w12, b12, w3, b3))
-    return _Mlp.apply(x, w12, b12, w3, b3, parts, keep)
+    return _Mlp.apply(x, w12, b12, w3, b3, parts, units, keep)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"quack takes {' or '.join(map(str, DTYPES))}, not {dtype}")
 
 
 class FrozenMlp(NamedTuple):
-    """An MLP whose weights change no more, in one dtype: w12 [2 F, K] and b12 by turns, w3 [N, F] and b3.
+    """An MLP whose weights change no more, in one dtype: w12 [2 F, K] and b12, by turns for quack, w3 [N, F] and b3.
 
-    ``sources``: what it was made of (they share memory and the count of changes with the parameters), and ``counts``.
+    F counts hidden units of zeros.  ``backend``: whose products take it so.  ``sources``: what it was made of (they
+    share memory and the count of changes with the parameters), and ``counts``.
     """
 
     w12: Tensor
     b12: Tensor
     w3: Tensor
     b3: Tensor
+    backend: str
     sources: tuple[Tensor, ...]
     counts: tuple[int, ...]
 
@@ -172,21 +196,37 @@ class FrozenMlp(NamedTuple):
 
 
 @torch.no_grad()
-def freeze_mlp(w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype) -> FrozenMlp:
-    """The parameters of ``gated_mlp`` in the order and the dtype that its products take, once for many calls."""
+def freeze_mlp(
+    w12: Tensor, b12: Tensor, w3: Tensor, b3: Tensor, dtype: torch.dtype, backend: str, units: int = 0
+) -> FrozenMlp:
+    """The parameters in the order, the width and the dtype that a backend's products take, once for many calls.
+
+    TypeError for a dtype that is none of ``DTYPES`` with quack.
+    """
+    if backend == "quack":
+        _check_dtype(dtype)
     sources = tuple(part.detach() for part in (w12, b12, w3, b3))
-    turned = by_turns(w12, dtype), by_turns(b12, dtype)
-    return FrozenMlp(*turned, w3.detach().to(dtype), b3.detach().to(dtype), sources, tuple(p._version for p in sources))
+    beside12, beside3 = hidden_zeros(units)
+    ordered = by_turns if backend == "quack" else Tensor.to
+    first, first_bias = (ordered(beside12.beside(part), dtype) for part in sources[:2])
+    last, last_bias = beside3.beside(sources[2]).to(dtype), sources[3].to(dtype)
+    return FrozenMlp(first, first_bias, last, last_bias, backend, sources, tuple(p._version for p in sources))
 
 
-def frozen_mlp(x: Tensor, frozen: FrozenMlp) -> Tensor:
-    """``gated_mlp`` without gradients: x [..., K] in the dtype of ``frozen`` -> [..., N]."""
-    _, h = _gated_op(x.flatten(0, -2).contiguous(), frozen.w12, frozen.b12, False)
-    return F.linear(h, frozen.w3, frozen.b3).unflatten(0, x.shape[:-1])
+def frozen_mlp(x: Tensor, frozen: FrozenMlp, swiglu: SwiGLU) -> Tensor:
+    """The MLP without gradients: x [..., K] in the dtype of ``frozen`` (TypeError for another) -> [..., N].
+
+    ``swiglu``: of the plain one.
+    """
+    if x.dtype != frozen.w12.dtype:
+        raise TypeError(f"x is {x.dtype}, the weights were frozen in {frozen.w12.dtype}")
+    if frozen.backend == "quack":
+        _, h = _gated_op(x.flatten(0, -2).contiguous(), frozen.w12, frozen.b12, False)
+        return F.linear(h, frozen.w3, frozen.b3).unflatten(0, x.shape[:-1])
+    return F.linear(swiglu(F.linear(x, frozen.w12, frozen.b12)), frozen.w3, frozen.b3)
 
 
 Mlp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-SwiGLU = Callable[..., Tensor]  # signature in ``reference``
 
 
 class Shape(NamedTuple):

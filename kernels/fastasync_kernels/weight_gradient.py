@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .zeros import NO_ZEROS, Zeros
+
 PARTS = (1, 2, 4)
 GAIN = 0.97  # of the undivided product's time: what is worth another rounding
 WORTH_MEASURING = 1e10  # FLOPs: a smaller product takes microseconds
@@ -34,35 +36,36 @@ def weight_gradient(g: Tensor, x: Tensor, parts: int) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, zeros: Zeros) -> Tensor:
         half = weight.to(x.dtype)
         ctx.save_for_backward(x, half)
-        ctx.parts, ctx.dtypes = parts, (weight.dtype, None if bias is None else bias.dtype)
-        return F.linear(x, half, None if bias is None else bias.to(x.dtype))
+        ctx.parts, ctx.zeros, ctx.dtypes = parts, zeros, (weight.dtype, None if bias is None else bias.dtype)
+        return F.linear(x, zeros.beside(half), None if bias is None else zeros.beside(bias.to(x.dtype)))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         g = grads[0].flatten(0, -2)
         dx = dw = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = (g @ weight).unflatten(0, x.shape[:-1])
+            dx = (g @ ctx.zeros.beside_again(weight)).unflatten(0, x.shape[:-1])
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient(g, x.flatten(0, -2), ctx.parts).to(ctx.dtypes[0])
+            dw = ctx.zeros.without(weight_gradient(g, x.flatten(0, -2), ctx.parts)).to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
-            dbias = g.sum(0).to(ctx.dtypes[1])
-        return dx, dw, dbias, None
+            dbias = ctx.zeros.without(g.sum(0)).to(ctx.dtypes[1])
+        return dx, dw, dbias, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int, zeros: Zeros = NO_ZEROS) -> Tensor:
     """``F.linear`` in x's dtype for x [M, ..., K], weight [N, K] and bias [N], with the weight's gradient as above.
 
     Gradients have the dtypes of what they are of.  ``parts`` must divide the number of rows (ValueError).
+    ``zeros``: beside weight and bias, made for each product; x and the result have as many features more.
     """
     rows = x.shape[:-1].numel()
     if parts < 1 or rows % parts:
         raise ValueError(f"parts {parts} must divide the {rows} rows of x")
-    return _Linear.apply(x, weight, bias, parts)
+    return _Linear.apply(x, weight, bias, parts, zeros)
 
 
 def choose_parts(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -178,17 +179,33 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_roun
 
 
 def test_one_wrong_number_in_fp8_is_seen(fp8_rounding):
-    case = fp8_casts.cases(64, 128)[3]
+    case = next(case for case in fp8_casts.cases(64, 128, 8, 4) if case.name == "columns")
     x = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
-    fp8_casts.check_bits(case, x)
+    fp8_casts.check_bits(case, case.inputs(x))
 
     def wrong(*inputs):
         values, scale = case.plain(*inputs)
         values.view(torch.uint8)[3, 5] ^= 1
         return values, scale
 
-    with pytest.raises(WrongResult, match="columns, 64 columns: 1 numbers"):
-        fp8_casts.check_bits(case._replace(ours=wrong), x)
+    with pytest.raises(WrongResult, match="columns, 64 columns: 1 numbers of result 0"):
+        fp8_casts.check_bits(case._replace(ours=wrong), case.inputs(x))
+
+
+@pytest.mark.parametrize("name", ["adaln gated, tops", "qknorm fwd+bwd, hinted"])
+def test_a_rows_magnitude_that_is_not_the_written_tensors_is_seen(fp8_rounding, name):
+    pytest.importorskip("triton")
+    case = next(case for case in fp8_casts.cases(64, 128, 4, 4) if case.name == name)
+    inputs = case.inputs(torch.randn(16, case.columns, generator=torch.Generator().manual_seed(0)))
+    fp8_casts.check_bits(case, inputs)
+
+    def wrong(*inputs):
+        *results, rows = case.ours(*inputs)
+        rows["rows"][5] *= 1.001
+        return *results, rows
+
+    with pytest.raises(WrongResult, match=re.escape(f"{name}, {case.columns} columns: 1 numbers of")):
+        fp8_casts.check_bits(case._replace(ours=wrong), inputs)
 
 
 def test_plans_of_a_step_by_size_and_variants():
@@ -203,6 +220,22 @@ def test_plans_of_a_step_by_size_and_variants():
     configs = [configuration("XL", 256, name) for name in both]
     assert differences(*configs) == []  # what was trained is the same
     assert [config.model.mlp for config in configs] == ["auto", "plain"]
+
+
+def test_a_variant_is_recorded_if_its_name_says_so():
+    """Not as train.cuda_graph=auto would choose by the size of a step; PyTorch's optimizer cannot be recorded."""
+    for name in workload.VARIANTS:
+        train = configuration("S", 256, name).train
+        said = train.cuda_graph if train.optimizer == "auto" else "off"
+        assert said == ("on" if "graph" in name else "off"), name
+
+
+def test_a_step_of_another_batch(bench, monkeypatch):
+    monkeypatch.setattr(step, "build", lambda bench, subject, size, batch, names: asked.append(batch) or {})
+    asked = []
+    for bench.batch in (0, 12):
+        step.run(bench)
+    assert asked == [8, 12]
 
 
 def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
@@ -222,6 +255,8 @@ def test_command_line(tmp_path, capsys):
     assert "no size 'XXL'" in capsys.readouterr().err
     assert run.main(["step", "--variants", "ours regional,theirs"]) == 2
     assert "no variant 'theirs'" in capsys.readouterr().err
+    assert run.main(["step", "--batch", "-8"]) == 2
+    assert "--batch -8" in capsys.readouterr().err
     assert run.main(["swiglu", "--rounds", "1", "--results", str(tmp_path), "--device", "cpu"]) == 0
     assert "not recorded" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -285,6 +320,15 @@ def test_plots(tmp_path, bench, capsys):
     newest = plots.latest([*bench.rows, *(Row(**{**vars(row), "ms": 9.0}) for row in bench.rows[:1])])
     assert len(newest) == len(bench.rows)
     assert newest[0].ms == 9.0
+
+
+def test_what_runs_the_gpu_tests_names_files_that_exist():
+    """A path that was moved would be run, or left out, by nobody."""
+    commands = [*gpu_session.STAGES.values(), *gpu_session.ON_REQUEST.values()]
+    words = [word for _, command in commands for word in command] + (ROOT / "Makefile").read_text().split()
+    paths = {word.removeprefix("--ignore=") for word in words if word.removeprefix("--ignore=").startswith("tests/")}
+    assert {"tests/kernels", "tests/optim"} <= paths
+    assert not [path for path in paths if not (ROOT / path).exists()]
 
 
 def test_session_keeps_its_time(tmp_path, monkeypatch, capsys):

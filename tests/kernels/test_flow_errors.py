@@ -263,6 +263,7 @@ def test_opcheck():
     # not test_aot_dispatch: it returns dv itself, which the public function keeps (test_compiled covers that path)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(module._loss_op, (v, z, weight.requires_grad_(), *key, 0.5, True), test_utils=checks)
+    torch.library.opcheck(module._scale_op, (v.detach().clone(), torch.tensor(2.0, device=DEVICE)))
 
 
 def test_compiled_equals_eager_without_graph_breaks():

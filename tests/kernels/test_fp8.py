@@ -190,6 +190,15 @@ def test_bad_input_is_refused_before_the_launch(change, error, words):
         triton_ops.cast_rows(change(draw(8, 32)))
 
 
+def test_registration_of_the_operators():
+    x, ops = draw(5, 32), torch.ops.fastasync
+    for tops in (False, True):
+        torch.library.opcheck(ops.cast_rows, (x, tops))
+    torch.library.opcheck(ops.cast_columns, (x, x.abs().amax(0)))
+    torch.library.opcheck(ops.swiglu_cast, (x,))
+    torch.library.opcheck(ops.swiglu_backward_cast, (x[:, :16].contiguous(), x))
+
+
 def test_sizes_that_the_products_cannot_take():
     with pytest.raises(ValueError, match=r"weight has shape \[48, 60\]"):
         fp8_linear(draw(8, 60), draw(48, 60))

@@ -117,6 +117,20 @@ def test_registration_of_the_operators(quack):
     assert [(part.shape, part.dtype) for part in found] == [(part.shape, part.dtype) for part in fake]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dtype_that_quack_does_not_take_is_refused_before_it_is_imported(dtype, monkeypatch):
+    def imported():
+        raise AssertionError("quack")
+
+    monkeypatch.setattr(module, "_products", imported)
+    (x, *weights), _ = draw(dtype=dtype)
+    for call in (lambda: module.gated_mlp(x, *weights), lambda: module.freeze_mlp(*weights, dtype, "quack")):
+        with pytest.raises(TypeError, match=f"bfloat16 or torch.float16, not {dtype}"):
+            call()
+    with pytest.raises(TypeError, match=f"x is {dtype}, the weights were frozen in torch.bfloat16"):
+        module.frozen_mlp(x, module.freeze_mlp(*weights, HALF, "quack"), reference.swiglu)
+
+
 def test_the_activation_is_not_kept_and_without_gradients_nothing_is(quack, monkeypatch):
     products = module._products()
     asked = []

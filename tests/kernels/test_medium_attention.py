@@ -166,6 +166,12 @@ def test_registration_of_the_operators():
     torch.library.opcheck(torch.ops.fastasync.medium_attention, leaves)
 
 
+@pytest.mark.gpu
+def test_registration_of_cudnns_forward_pass():
+    leaves = tuple(t.requires_grad_() for t in draw((2, 2, 64, 32), torch.bfloat16, seed=16)[0])
+    torch.library.opcheck(torch.ops.fastasync.cudnn_attention, leaves)
+
+
 @pytest.mark.parametrize(
     ("q", "k", "error", "words"),
     [

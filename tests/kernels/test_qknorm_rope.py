@@ -228,6 +228,7 @@ def test_registration_of_the_operators():
     torch.library.opcheck(torch.ops.fastasync.qknorm_rope, (*arguments, heads, 1e-6, "bnhd"))
     for bias in (None, torch.float32):
         torch.library.opcheck(torch.ops.fastasync.qknorm_rope_backward, (*upstream, *arguments, heads, 1e-6, bias))
+    torch.library.opcheck(torch.ops.fastasync.qknorm_rope_backward_hint, (*upstream, *arguments, heads, 1e-6))
 
 
 @pytest.mark.parametrize(

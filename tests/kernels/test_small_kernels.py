@@ -37,6 +37,12 @@ def test_label_dropout_at_the_ends_and_compiled():
         triton_ops.drop_labels(y, 4, 0.5, 1, 2, samples[1:])
 
 
+def test_registration_of_label_dropout():
+    y, samples = torch.arange(5, device=DEVICE), torch.arange(5, device=DEVICE)
+    for step, tensor in ((3, None), (0, torch.tensor([3], device=DEVICE))):
+        torch.library.opcheck(torch.ops.fastasync.drop_labels, (y, 10, 0.5, 1, step, tensor, samples))
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (2, 5, 3), (1, 128, 16), (3, 131, 72), (1, 1000, 17), (2, 0, 9), (0, 4, 4)]
 )

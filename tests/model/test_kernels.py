@@ -12,7 +12,8 @@ from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp
 from fastasync.config import Model, Train
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, dit
-from fastasync.model.dit import ATTENTION, MLP, BlockLinear
+from fastasync.model.dit import ATTENTION, MLP
+from fastasync.model.linears import BlockLinear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective, Times, stratified
 from fastasync.training import build as build_module
@@ -84,10 +85,7 @@ def test_compiles_without_a_graph_break(pair, batch, what):
     reference, triton = pair()
     inputs = batch(reference)
     compiled = copy.deepcopy(triton)
-    if what == "model":
-        compiled.compile(backend="aot_eager", fullgraph=True)
-    for block in compiled.blocks if what == "blocks" else ():
-        block.compile(backend="aot_eager", fullgraph=True)
+    compile_parts(compiled, what)
     torch._dynamo.utils.counters.clear()
     assert_no_worse(outputs(compiled, compiled, inputs), reference, inputs)
     counters = torch._dynamo.utils.counters
@@ -95,10 +93,18 @@ def test_compiles_without_a_graph_break(pair, batch, what):
     assert counters["stats"]["unique_graphs"] == (1 if what == "model" else 2)  # blocks: without and with a branch
 
 
+def compile_parts(model, what):
+    """The whole ``model``, its ``blocks``, or nothing."""
+    if what == "model":
+        model.compile(backend="aot_eager", fullgraph=True)
+    for block in model.blocks if what == "blocks" else ():
+        block.compile(backend="aot_eager", fullgraph=True)
+
+
 @pytest.mark.parametrize(
     ("what", "kernels", "compiled"),
-    [("selective", "triton", True), ("full", "triton", False), ("selective", "reference", False)]
-    + [("full", "reference", True)],
+    [("selective", "triton", "blocks"), ("full", "triton", ""), ("selective", "reference", "")]
+    + [("full", "reference", "blocks"), ("selective", "triton", "model"), ("full", "triton", "model")],
 )
 def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled):
     model = build(2, repa_width=12, kernels=kernels, grid=2, depth=2).to(DEVICE)
@@ -106,8 +112,7 @@ def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled
     expected = outputs(model, model, inputs)
     other = copy.deepcopy(model)
     other.set_recompute(what)
-    for block in other.blocks if compiled else ():
-        block.compile(backend="aot_eager", fullgraph=True)
+    compile_parts(other, compiled)
     assert_same(outputs(other, other, inputs), expected)
 
 
@@ -115,7 +120,7 @@ def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled
 def fp8(build, batch, monkeypatch):
     """Results of two blocks whose linears are in fp8; on request with all casts in two passes, without hints."""
 
-    def run(hints=True, compiled=False, recompute="none"):
+    def run(hints=True, compiled="", recompute="none"):
         model = build(2, repa_width=12, repa_depth=1, kernels="triton", grid=2, depth=2, width=48).to(DEVICE)
         build_module.use_fp8(model, torch.device(DEVICE), emulate=True)
         assert {linear.fp8 for linear in model.modules() if isinstance(linear, BlockLinear)} == {"triton"}
@@ -123,8 +128,7 @@ def fp8(build, batch, monkeypatch):
             monkeypatch.setattr(dit, "fp8_linear_hinted", lambda x, *rest: (fp8_linear(x, *rest[:2]), None))
             monkeypatch.setattr(dit, "fp8_mlp_hinted", lambda x, *rest: (fp8_mlp(x, *rest[:4]), None))
         model.set_recompute(recompute)
-        for block in model.blocks if compiled else ():
-            block.compile(backend="aot_eager", fullgraph=True)
+        compile_parts(model, compiled)
         return outputs(model, model, batch(model))
 
     return run
@@ -144,13 +148,15 @@ def test_fp8_with_hints_gives_the_gradients_without(fp8):
     assert_equal_but_for_summed_biases(fp8(), fp8(hints=False))
 
 
-@pytest.mark.parametrize(("compiled", "recompute"), [(True, "none"), (True, "selective"), (False, "full")])
+@pytest.mark.parametrize(
+    ("compiled", "recompute"), [("blocks", "none"), ("blocks", "selective"), ("", "full"), ("model", "none")]
+)
 def test_fp8_with_hints_compiled_and_recomputed(fp8, compiled, recompute):
     torch._dynamo.utils.counters.clear()
     assert_same(fp8(compiled=compiled, recompute=recompute), fp8())
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
-    assert not compiled or counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == {"": 0, "blocks": 2, "model": 1}[compiled]
 
 
 def kept_bytes(model, inputs):
@@ -247,6 +253,30 @@ def losses(kernels, steps, data_seed, dtype, size, batch=16):
         optimizer.step()
         curve.append(float(terms.total.detach()))
     return torch.tensor(curve)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("mode", ["corrected", "sfd"])
+def test_the_noised_state_in_the_autocast_dtype_changes_no_bit(build, batch, kernels, mode):
+    """The network rounds it to that dtype first thing; the target is formed without it."""
+    dtype = torch.bfloat16 if kernels == "reference" or DEVICE == "cuda" else torch.float16  # the interpreter's
+    model = build(2, repa_width=12, grid=2, depth=2).to(DEVICE)
+    z, tau, y = (part.to(DEVICE) for part in batch(model, 6))
+    objective = Objective((4, 2), (0.6, 0.8), None, mode, cosine_weight=0.5, repa_weight=0.5)  # type: ignore[arg-type]
+    ops, samples = fastasync_kernels.select(kernels, DEVICE), torch.arange(6, device=DEVICE)
+    features, seen, results = torch.randn(6, 4, 12, device=DEVICE), [], []
+
+    def network(x, *inputs, **options):
+        seen.append(x.dtype)
+        with torch.autocast(DEVICE, dtype):
+            return model(x, *inputs, **options)
+
+    for given in (None, dtype):
+        keys = {"seed": 3, "step": 2, "samples": samples, "ops": ops, "features": features, "dtype": given}
+        terms = objective(network, z, y, Times(tau, tau, 1 + tau), **keys)
+        results.append([*terms, *torch.autograd.grad(terms.total, list(model.parameters()))])
+    assert seen == [torch.float32, dtype]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def spread_of(curves, window):

@@ -131,7 +131,7 @@ def test_without_gradients(quack, model, batch):
 
 def frozen(model):
     for block in model.blocks:
-        block.mlp.freeze(HALF)
+        block.mlp.freeze(HALF, "quack")
     return model
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from probe_cases import ROLES, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLatents, tiny_config
 
-from fastasync.config import Probe, config_from_dict
+from fastasync.config import Probe, apply_settings, config_from_dict
 from fastasync.errors import UserError
 from fastasync.model import forward_flops
+from fastasync.presets import preset
 from fastasync.probe import joint as joint_module
 from fastasync.probe import learn as learn_module
 from fastasync.probe import network as network_module
@@ -299,3 +300,14 @@ def test_probe_learns_the_errors_of_the_gaussian():
     error = (torch.from_numpy(result.surface["errors"]) - exact)[3:-3, 3:-3]
     assert float(error.abs().mean()) < 0.1
     assert float(error.mean()) > -0.02  # no probe is better than the optimal velocity
+
+
+@pytest.mark.parametrize(("name", "small"), [("digits", True), ("cifar10", True), ("imagenet256-s", False)])
+def test_small_probes_are_recorded_and_not_compiled(name, small):
+    """By a bound of their own: steps of training that are recorded are compiled all the same."""
+    config = preset(name)
+    with torch.device("meta"):
+        model = build_probe(config, "meta")
+    assert network_module.is_recorded(config, model) == small
+    for choice, recorded in (("on", True), ("off", False)):
+        assert network_module.is_recorded(apply_settings(config, (f"train.cuda_graph={choice}",)), model) == recorded

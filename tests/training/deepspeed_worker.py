@@ -23,7 +23,8 @@ from fastasync_kernels import gated_mlp, weight_gradient
 
 from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
-from fastasync.model.dit import BlockLinear, LightningDiT
+from fastasync.model.dit import LightningDiT
+from fastasync.model.linears import BlockLinear
 from fastasync.training import deepspeed_engine, deepspeed_shards
 from fastasync.training.interrupt import Interrupted
 

@@ -33,16 +33,25 @@ class Pretend(GraphedStep):
         return run
 
 
-def test_training_from_fixed_memory_is_the_same(tmp_path, tiny, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "skips"),
+    [
+        (dict(steps=8, accumulate=2, log_every=1, lr=2.0**-6), False),  # rates that float32 holds
+        (dict(steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=2.0**-10), True),
+    ],
+)
+def test_training_from_fixed_memory_is_the_same(tmp_path, tiny, run, monkeypatch, changes, skips):
     """Weights and records of a run whose steps read nothing but the fixed tensors, against the plain loop."""
-    config = tiny(train=dict(steps=8, accumulate=2, log_every=1, lr=2.0**-6, warmup=4))  # rates that float32 holds
-    plain = run(config, tmp_path / "plain").checkpoint
+    config = tiny(train=dict(warmup=4) | changes)
+    plain = run(config, tmp_path / "plain")
+    monkeypatch.setattr(Pretend, "recorded", 0)
     monkeypatch.setattr(engine, "GraphedStep", Pretend)
     monkeypatch.setattr(engine, "wants_graph", lambda *_: True)
-    recorded = run(config, tmp_path / "recorded").checkpoint
+    recorded = run(config, tmp_path / "recorded")
     assert Pretend.recorded == 1
+    assert (plain.record["skipped"] > 0) == skips
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        assert (plain / name).read_bytes() == (recorded / name).read_bytes(), name
+        assert (plain.checkpoint / name).read_bytes() == (recorded.checkpoint / name).read_bytes(), name
 
 
 class Full(Pretend):
@@ -141,13 +150,22 @@ def test_on_is_refused_without_cuda(tiny):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("compiled", "graph"), [("off", "on"), ("model", "on"), ("off", "auto")])
-def test_recorded_training_on_the_gpu(tmp_path, tiny, run, compiled, graph, caplog):
+@pytest.mark.parametrize(
+    ("compiled", "graph", "changes"),
+    [
+        ("off", "on", {}),
+        ("model", "on", {}),
+        ("off", "auto", {}),
+        ("regional", "auto", dict(accumulate=2, max_norm_ratio=20.0)),
+    ],
+)
+def test_recorded_training_on_the_gpu(tmp_path, tiny, run, compiled, graph, changes, caplog):
     """The replayed steps train as the plain ones do, and a resumed run goes on recording."""
     caplog.set_level(logging.INFO, "fastasync")
     if FusedAdamW([torch.nn.Parameter(torch.ones(2, device="cuda"))]).backend != "cuda":
         pytest.skip("the CUDA library is not built")
     train = dict(steps=12, checkpoint_every=8, device="cuda", optimizer="fused", compile=compiled, precision="fp32")
+    train |= changes
     plain = run(tiny(train=train | dict(cuda_graph="off")), tmp_path / "plain")
     run(tiny(train=train | dict(cuda_graph=graph, steps=8)), tmp_path / "recorded")
     recorded = run(tiny(train=train | dict(cuda_graph=graph)), tmp_path / "recorded")

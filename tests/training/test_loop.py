@@ -124,6 +124,14 @@ def test_accumulation_changes_nothing(tmp_path, tiny, run, mode):
             assert four[name] == pytest.approx(one[name], rel=2e-5), name
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_noised_state_is_in_the_precision_of_the_network(tmp_path, tiny, run, monkeypatch, precision, dtype):
+    seen, forward = set(), PlainEngine.forward
+    monkeypatch.setattr(PlainEngine, "forward", lambda self, x, *rest: seen.add(x.dtype) or forward(self, x, *rest))
+    run(tiny(train=dict(steps=1, precision=precision)), tmp_path)
+    assert seen == {dtype}
+
+
 # --- numerics ---------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What is decided before the first step: precision, attention backend, what is recomputed."""
 
+import fastasync_kernels
 import pytest
 import torch
 from fastasync_kernels import gated_mlp, weight_gradient
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from fastasync.config import differences
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, Zero, memory_estimate, parameter_count
-from fastasync.model.dit import BlockLinear
+from fastasync.model.linears import BlockLinear
 from fastasync.training import PlainEngine, build_model
 from fastasync.training.build import USABLE, check_training, choose_autocast, choose_memory, prepare_model, use_fp8
 from tests.kernels import quack_kit
@@ -132,6 +133,22 @@ def test_weight_gradients_in_parts(tiny, monkeypatch, compiled):
     assert any(not torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
 
+def test_the_width_of_products_is_chosen_before_what_is_measured_at_it(tiny, monkeypatch):
+    """Hidden width 42 is computed as 64; the parameters keep theirs."""
+    pytest.importorskip("triton")
+    config = tiny(train=dict(precision="bf16"), model=dict(kernels="triton"))
+    asked, shapes = [], []
+    monkeypatch.setattr(weight_gradient, "choose_parts", lambda rows, *shape: asked.append(shape[:2]) or 1)
+    monkeypatch.setattr(gated_mlp, "resolve_mlp", lambda *a: shapes.append(a[4]) or "plain")
+    plain = build_model(config)
+    expected = {name: value.shape for name, value in plain.state_dict().items()}
+    model = prepare_model(plain, config, CPU, 4)
+    assert model.product_hidden == 64
+    assert set(asked) == {(48, 16), (16, 16), (128, 16), (16, 64)}
+    assert [shape.hidden for shape in shapes] == [64]
+    assert {name: value.shape for name, value in model.state_dict().items()} == expected
+
+
 def test_the_mlps_are_chosen_for_bf16(tiny, monkeypatch):
     """Not under ZeRO 3, which gathers weights for each layer's own call."""
     asked = []
@@ -183,10 +200,11 @@ def test_a_named_mlp_on_a_gpu(tiny, monkeypatch):
     with pytest.raises(UserError, match=r"model.mlp: quack: does not go with train.precision=fp8"):
         check_training(tiny(train=dict(precision="fp8"), model=dict(mlp="quack")), cuda)
     with pytest.raises(UserError, match=r"model.mlp: quack: needs sizes that are multiples of 8, not 42"):
-        check_training(tiny(train=dict(precision="bf16"), model=dict(mlp="quack")), cuda)
-    right = tiny(train=dict(precision="bf16"), model=dict(mlp="quack", mlp_multiple=8))
-    with quack_kit.installed():
-        check_training(right, cuda)
+        check_training(tiny(train=dict(precision="bf16"), model=dict(mlp="quack", kernels="reference")), cuda)
+    monkeypatch.setattr(fastasync_kernels, "_fault", lambda device: "")
+    for right in (dict(kernels="reference", mlp_multiple=8), dict(kernels="triton")):  # with zeros to a multiple of 64
+        with quack_kit.installed():
+            check_training(tiny(train=dict(precision="bf16"), model=dict(mlp="quack") | right), cuda)
 
 
 def test_a_step_by_quacks_stand_in(tmp_path, tiny, run, monkeypatch, caplog):
