@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several nodes under Slurm; torchrun starts one rank for each GPU:
 #
-#   sbatch docs/slurm.sh --preset imagenet256-xl --set data.root=LATENTS --out runs/xl
+#   sbatch docs/slurm.sh --preset imagenet256-xl --data LATENTS --out runs/xl
 #
 # From the root of the repository, which all nodes share, as they do LATENTS and runs/.  Before its time is over the job
 # saves and queues itself again; the run continues from its checkpoint.
@@ -23,7 +23,8 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # seconds that torchrun leaves the ran
 stopping= step=
 trap 'stopping=1; kill -TERM "$step" 2>/dev/null || true' TERM
 
-srun --kill-on-bad-exit=1 torchrun \
+# since Slurm 22.05 srun does not take over what sbatch was given here
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="${hosts%%$'\n'*}:${PORT:-29500}" \
     train.py "$@" &

@@ -37,6 +37,14 @@ _WORK = {
 
 _SIGPIPE = 13
 
+# What needs less memory, where nobody nearer to the failure has said so better.
+_LESS_IN_STAGES = "lower train.batch, sample.batch, sample.count or the model's size"
+_LESS_MEMORY = {
+    "probe": "lower probe.batch, or sample.batch, which C samples with (another probe.batch needs a new --out)",
+    "encode": "lower --batch, --shard-size, or the chunk of a representation (--option autoencoder.chunk=8)",
+    "train-semvae": "lower --batch (with a new --out)",
+}
+
 # What a file or its disk refuses, where nobody nearer to it has said so better.
 _DISK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ELOOP)
 _NAME = errno.ENAMETOOLONG
@@ -62,6 +70,7 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text, description=text)
         stage.add_argument("--preset", help="a named run (see `fastasync presets`)")
         stage.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a field")
+        stage.add_argument("--data", metavar="DIR", help="the latents or images: short for --set data.root=DIR")
         stage.add_argument("--out", type=Path, help="the run directory (default runs/PRESET)")
         stage.add_argument("--dry-run", action="store_true", help="print the configuration and its cost, and stop")
         stage.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers pass it
@@ -117,13 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
         if on_cpu:
-            line = "out of memory: lower train.batch, sample.batch, sample.count or the model's size"
+            line = f"out of memory: {_LESS_MEMORY.get(arguments.command, _LESS_IN_STAGES)}"
             if session().says_first(line):
                 print(f"fastasync: error: {line}", file=sys.stderr)
             return UserError.exit_code
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by name: torch may not be imported
             raise
-        remedy = "raise train.accumulate (same results), set train.memory=selective or full, or lower the stage's batch"
+        in_stages = "raise train.accumulate (same results), set train.memory=selective or full, or lower the batch"
+        remedy = _LESS_MEMORY.get(arguments.command, in_stages)
         if session().says_first("out of memory"):
             print(f"fastasync: error: out of memory on the device: {remedy}", file=sys.stderr)
         return UserError.exit_code
@@ -191,7 +201,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from fastasync.config import apply_settings
+    from fastasync.config import apply_settings, keep_begun
     from fastasync.presets import preset
     from fastasync.run import Run, existing_config
 
@@ -200,12 +210,15 @@ def _stage(arguments: argparse.Namespace) -> int:
         str(out).encode()
     except UnicodeEncodeError:
         raise UserError("--out", repr(str(out)), "is not UTF-8: choose another name") from None
-    config = preset(arguments.preset) if arguments.preset else existing_config(out)
+    stored = existing_config(out)
+    config = preset(arguments.preset) if arguments.preset else stored
     if config is None:
         raise UserError(
             "--preset", "(not given)", f"{out} holds no run: give a preset (`fastasync presets` lists them)"
         )
-    config = apply_settings(config, arguments.set)
+    if arguments.preset and stored is not None:
+        config = keep_begun(config, stored)
+    config = apply_settings(config, _settings(arguments))
 
     from fastasync import stages
     from fastasync.training import check_engine, checkpoint
@@ -255,6 +268,16 @@ def _stage(arguments: argparse.Namespace) -> int:
     elif arguments.command == "evaluate":
         stages.evaluate_stage(run, inputs, stages.sample_stage(run, inputs))
     return 0
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """What --set and --data change.  UserError where both give data.root."""
+    if arguments.data is None:
+        return arguments.set
+    for setting in arguments.set:
+        if setting.partition("=")[0].strip() == "data.root":
+            raise UserError("--data", arguments.data, f"--set {setting} says it too: give one of them")
+    return [*arguments.set, f"data.root={arguments.data}"]
 
 
 def _readable(value: object) -> str:

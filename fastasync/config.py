@@ -34,6 +34,7 @@ class Data:
     root: str = "data"
     seed: int = _number(0, 0, 2**63 - 1)
     flip: bool = False
+    verify: bool = True  # dataset=latents: compare the shards' hashes while training, and stop where one is wrong
     images: str = ""  # objective.repa_source=online: the images that root was encoded from
     skip_bad: str = ""  # and the list of bad files that encoding left out
 
@@ -236,6 +237,7 @@ FREE_FIELDS = (
     "data.root",
     "data.images",
     "data.skip_bad",
+    "data.verify",
     "representations.decoder",
     "schedule.baselines",
     "model.kernels",
@@ -259,6 +261,19 @@ FREE_FIELDS = (
     "sample.*",
     "evaluate.*",
 )
+
+
+# Fields that presets set only since some of their runs were begun, and what they were before (see keep_begun).
+_BEFORE = {("train", "max_norm_ratio"): 0.0}
+
+
+def keep_begun(config: Config, begun: Config) -> Config:
+    """A preset's ``config`` as it was when a run was ``begun`` with it."""
+    for (section, name), before in _BEFORE.items():
+        if config.preset == begun.preset and getattr(getattr(begun, section), name) == before:
+            own = dataclasses.replace(getattr(config, section), **{name: before})
+            config = dataclasses.replace(config, **{section: own})
+    return config
 
 
 def differences(one: Config, other: Config) -> list[str]:

@@ -11,11 +11,12 @@ import hashlib
 import itertools
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -217,6 +218,23 @@ def session() -> Session:
     except UserError as error:
         print(f"fastasync: error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def cpus_of_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """How many CPUs each rank of this host may keep busy: those of this process, shared by the launcher's ranks here.
+
+    At least 1.  torchrun and deepspeed say how many ranks they started here, srun how many on each host; its tasks
+    share only CPUs that it has not divided itself (SLURM_CPUS_PER_TASK).
+    """
+    cpus = len(os.sched_getaffinity(0))
+    number = re.compile(r"\d+").match  # srun's may go on: 8(x2)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if found := number(environment.get(name, "")):
+            return max(cpus // max(int(found[0]), 1), 1)
+    if found := number(environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        own = number(environment.get("SLURM_CPUS_PER_TASK", ""))
+        return max(min(cpus, int(own[0])) if own else cpus // max(int(found[0]), 1), 1)
+    return cpus
 
 
 def last_words() -> None:

@@ -128,6 +128,8 @@ def encode(
     of another encoding, no permission, not enough disk; later: an image that cannot be decoded, latents that are not
     finite, a channel that never varies, a full disk.  Finished shards are kept; where there are none, nothing is.
     """
+    from fastasync.training.out_of_memory import explained_batch  # imports the network
+
     out, device = Path(out_dir), torch.device(device)
     encoding = _encoding(source, bundle, shard_size, flip, dtype, features)
     if batch < 1:
@@ -154,9 +156,20 @@ def encode(
             disable=not progress,
         ) as bar:
             loader = {"backend": backend, "workers": workers}
-            clock = _make(source, bundle, out, encoding, wanted, batch, features, device, loader, bar)
+            with explained_batch("--batch", batch, device, " (finished shards are kept)", _smaller_chunks(bundle)):
+                clock = _make(source, bundle, out, encoding, wanted, batch, features, device, loader, bar)
         counts = len(wanted), len(mine) - len(wanted), finish(out, encoding), encoding.left_out
         return EncodeReport(*counts, *clock)
+
+
+def _smaller_chunks(bundle: Bundle) -> list[str]:
+    """The options that halve how many images each representation takes at a time: larger than that, --batch is free."""
+    chunks = {}
+    for item in bundle.representations:
+        chunk: int = getattr(item, "chunk", getattr(getattr(item, "vit", None), "chunk", 1))
+        if chunk > 1:
+            chunks[item.name] = chunk // 2
+    return [" ".join(f"--option {name}.chunk={half}" for name, half in chunks.items())] if chunks else []
 
 
 @contextmanager

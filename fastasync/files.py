@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastasync.errors import UserError
 
+_PART = 2**23  # bytes that are hashed at a time: large, as a thread takes Python's lock from the others between two
 PARTIAL = ".partial"  # suffix of a file that is still being written (and of what a killed process leaves)
 
 
@@ -75,10 +76,15 @@ def remove_partials(directory: str | Path, stem: str = "") -> None:
             leftover.unlink(missing_ok=True)
 
 
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_file(path: str | Path, between: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.  ``between`` is called after every part that was read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(min(os.fstat(stream.fileno()).st_size, _PART) or 1))
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            between()
+    return digest.hexdigest()
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -43,7 +43,9 @@ _IMAGENET: dict[str, dict[str, Any]] = {
     "representations": dict(channels=[32, 16], grid=16),
     "model": dict(size="XL", classes=1000, repa_width=768),
     "objective": dict(repa_weight=1.0),
-    "train": dict(steps=400_000, batch=256, lr=1e-4, ema=0.9999, compile="regional", checkpoint_every=5000),
+    "train": dict(
+        steps=400_000, batch=256, lr=1e-4, ema=0.9999, compile="regional", checkpoint_every=5000, max_norm_ratio=10
+    ),
     # a folder of latents has no encoder whose features could select: B
     # of the FLOPs; in seconds up to 3.7 times that, as so small a network reaches fewer FLOP/s than XL (bench probe)
     "probe": dict(estimator="B", depth=12, width=384, heads=6, batch=256, lr=3e-4, budget=0.0025),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastasync import sampling
 from fastasync.compat import import_torch_fidelity
 from fastasync.config import Config
-from fastasync.data.shard_loader import open_latents
-from fastasync.distributed import quiet_elsewhere, session
+from fastasync.data.shard_loader import ShardLatents, open_latents
+from fastasync.data.verify import Verification
+from fastasync.distributed import OtherRankFailed, quiet_elsewhere, session
 from fastasync.errors import UserError
 from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_from, load_figures, save_figures
 from fastasync.evaluation.protocol import hardware_name, metric_title
@@ -46,12 +49,13 @@ from fastasync.training.build import (
 )
 from fastasync.training.deepspeed_json import reduction_fields
 from fastasync.training.loop import check_data
-from fastasync.training.out_of_memory import explained_sampling
+from fastasync.training.out_of_memory import explained_batch, explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
 from fastasync.training.sinks import wandb_package
 from fastasync.training.start import START, load_start, only_started
 
 Say = Callable[[str], None]
+AT_ONCE = 2 * 2**30  # bytes of a rank's shards whose hashes are compared before their numbers are used: in seconds
 _PLANNED_GPUS = 8  # for which --dry-run says what ZeRO needs, and how long training takes
 
 
@@ -162,9 +166,34 @@ def prepare_stage(run: Run, say: Say = print) -> Inputs:
     return session().main_first(lambda: open_inputs(run, device, quiet_elsewhere(say)))
 
 
+def verify_latents(run: Run, inputs: Inputs) -> None:
+    """Compare the shards' hashes, each rank a part: at once where it takes seconds, else in a thread from now on.
+
+    Raises UserError for a damaged one; the probe and the training loop look at what the thread finds.
+    """
+    latents, here = inputs.latents, session()
+    if not (run.config.data.verify and isinstance(latents, ShardLatents)):
+        return
+    say = quiet_elsewhere(lambda line: tqdm.write(line, file=sys.stderr))
+    verification = latents.start_verifying(here.rank, here.world, AT_ONCE, say)
+    if not verification.large:
+        verification.wait()
+    failed = here.gather(verification.error is not None)
+    if verification.error is not None:
+        raise verification.error
+    if any(failed):
+        raise OtherRankFailed(UserError.exit_code)
+
+
 def probe_stage(run: Run, inputs: Inputs, *, oracle: bool = False, say: Say = print) -> Schedule:
     """The run's schedule: learned by the probe, or the fixed one that is named.  Writes schedule.json."""
-    return session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
+    learns = run.config.schedule.name == "learned" and not session().from_main(run.schedule_file.exists)
+    if learns:
+        verify_latents(run, inputs)
+    schedule = session().main_first(lambda: _probe(run, inputs, oracle, quiet_elsewhere(say)))
+    if learns:  # what has been found meanwhile, on ranks that waited too
+        verify_latents(run, inputs)
+    return schedule
 
 
 def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
@@ -180,15 +209,17 @@ def _probe(run: Run, inputs: Inputs, oracle: bool, say: Say) -> Schedule:
     if config.schedule.name != "learned":
         schedule = named_schedule(config.schedule.name, reps.names, reps.roles)
     else:
-        result = learn_schedule(
-            config,
-            inputs.latents,
-            planned_flops=planned_flops(config),
-            score=inputs.scorer() if config.probe.estimator == "C" else None,
-            device=choose_device(config.train.device),
-            out_dir=run.probe_folder,
-            oracle=oracle,
-        )
+        device, batch = choose_device(config.train.device), config.probe.batch
+        with explained_batch("probe.batch", batch, device, " (another probe: give a new --out)"):
+            result = learn_schedule(
+                config,
+                inputs.latents,
+                planned_flops=planned_flops(config),
+                score=inputs.scorer() if config.probe.estimator == "C" else None,
+                device=device,
+                out_dir=run.probe_folder,
+                oracle=oracle,
+            )
         schedule = result.schedule
         for line in result.summary():
             say(f"probe: {line}")
@@ -212,8 +243,14 @@ def check_sampling(run: Run) -> None:
 
 def train_stage(run: Run, inputs: Inputs, schedule: Schedule, say: Say = print) -> None:
     """Train the network along the schedule, from the newest complete checkpoint if there is one."""
+    verify_latents(run, inputs)
     result = train(run.config, inputs.latents, schedule, run.path, statistics_fingerprint=inputs.statistics_fingerprint)
-    quiet_elsewhere(say)(f"train: {result.step} steps done, checkpoint {result.checkpoint}")
+    say = quiet_elsewhere(say)
+    say(f"train: {result.step} steps done, checkpoint {result.checkpoint}")
+    verification: Verification | None = getattr(inputs.latents, "verification", None)
+    if verification is not None and not verification.done:
+        compared = f"{verification.verified} of {verification.count}"
+        say(f"train: only {compared} shards were compared with their hashes: `fastasync check-latents` reads all")
 
 
 class _Guided(NamedTuple):
@@ -490,8 +527,10 @@ def summary(config: Config) -> dict[str, Any]:
         memory = memory_estimate(model, config.train.batch // _PLANNED_GPUS, "bf16")
         compiled = config.train.accumulate == 1 and config.train.optimizer in ("auto", "fused")
         working = compiled and not reduction_fields(config)  # bf16 weights are trained under ZeRO 1 and 2
+        needs = {3: " (with train.compile=off)"} if config.train.compile != "off" else {}
         facts[f"memory estimate on each of {_PLANNED_GPUS} GPUs, bf16, GiB"] = {
-            f"ZeRO {stage}": memory_with_zero(memory, Zero(stage, _PLANNED_GPUS, working)) / 2**30 for stage in range(4)
+            f"ZeRO {stage}{needs.get(stage, '')}": memory_with_zero(memory, Zero(stage, _PLANNED_GPUS, working)) / 2**30
+            for stage in range(4)
         }
     if config.data.dataset == "latents" and config.model.repa_width:
         facts |= repa_costs(config, per_step)
@@ -501,6 +540,7 @@ def summary(config: Config) -> dict[str, Any]:
         except UserError as error:  # the data need not be here yet
             facts["data"], selection_flops = str(error), 0
         facts["probe's training steps"] = probe_plan(config, total, selection_flops).steps
+        facts["probe on several GPUs"] = "runs on one, the others wait: its seconds are those of one GPU"
     return facts
 
 

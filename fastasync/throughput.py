@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a chec
 COMMAND = "make bench SUBJECT=step"
 _SAME = 0.01  # networks whose FLOPs for an image differ by less are one
 _FAR = 30  # a network that takes so many times more or fewer says nothing: what limits the two is not the same
+_SPEED_UP = re.compile(r"([\d.]+)x the plain engine on one GPU")  # what bench.scaling notes
 # train.compile in the variants' names, and with recorded steps
 _COMPILED = {"off": "eager", "regional": "regional", "model": "whole"}
 _RECORDED = {"off": "graph uncompiled", "regional": "regional graph", "model": "graph"}
@@ -86,6 +88,22 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measure
     return min(newest_first, key=distance, default=None)
 
 
+def measured_scaling(zero: int, folder: Path = RESULTS) -> list[str]:
+    """The newest measured speed-up of several GPUs over one, for each batch on a GPU, under ZeRO ``zero``."""
+    newest: dict[str, tuple[str, str]] = {}
+    for path in sorted(folder.glob("*.csv")):
+        with open(path, newline="", errors="replace") as stream:
+            for row in csv.DictReader(stream):
+                speed_up = _SPEED_UP.match(row.get("note") or "")
+                if row.get("subject") != "scaling" or row.get("device") == "cpu" or not speed_up:
+                    continue
+                if row.get("variant") in (f"zero {zero}", f"zero {zero} strong"):
+                    what = f"{row['case']} {row['device']}, {row['shape']}"
+                    said = f"{what}: {speed_up[1]} times one ({row['date'][:10]}, commit {row['commit']})"
+                    newest[what] = max(newest.get(what, ("", "")), (row["date"], said))
+    return [said for _, said in newest.values()]
+
+
 def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS) -> dict[str, str]:
     """Lines of ``--dry-run``: hours of training on one GPU and on ``gpus``, and what they rest on.
 
@@ -103,9 +121,13 @@ def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS
         if ratio > 1:
             basis += "; a smaller network uses less of a GPU, so it takes longer than this"
     hours = train.batch * train.steps / rate / 3600
+    scaling = "; ".join(measured_scaling(train.zero, folder))
+    known = (
+        f"perfect scaling is assumed; measured: {scaling}" if scaling else "perfect scaling is assumed, not measured"
+    )
     return {
         "measured training step": str(row),
         f"expected hours of training on 1 {row.device}": f"{hours:.3g} ({basis})",
-        f"expected hours of training on {gpus} {row.device}": f"{hours / gpus:.3g} (perfect scaling is assumed, "
-        f"not measured; {train.batch / gpus:g} images on each GPU at a time)",
+        f"expected hours of training on {gpus} {row.device}": f"{hours / gpus:.3g} ({known}; {train.batch / gpus:g} "
+        "images on each GPU at a time here)",
     }

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from fastasync.cli import main
+from fastasync.config import apply_settings, differences, keep_begun
 from fastasync.model import LightningDiT
+from fastasync.presets import preset
+from fastasync.run import Run, existing_config
 
 TINY = [
     "representations.encoder_steps=15", "representations.semvae_steps=10", "schedule.baselines=synchronous",
@@ -136,6 +139,33 @@ def test_guided_sampling_and_class_lists(run, tmp_path, monkeypatch):
             assert arrays["arr_0"].shape == (40, 8, 8, 3)
             if "sample.classes=3,4" in settings:
                 assert set(arrays["labels"]) == {3, 4}
+
+
+def test_data_is_short_for_its_root(tmp_path, capsys):
+    for stage in ("train", "run", "probe", "prepare", "sample", "evaluate"):
+        assert main([stage, "--preset", "imagenet256-xl", "--data", "some where=1", "--out", "x", "--dry-run"]) == 0
+        assert "root: some where=1" in capsys.readouterr().out
+    missing = ["train", "--preset", "imagenet256-xl", "--out", tmp_path / "x", "--data", tmp_path / "none"]
+    refused(capsys, missing, str(tmp_path / "none"), "no such folder")
+    both = [*missing, "--set", "data.root=elsewhere"]
+    refused(capsys, both, f"--data: {tmp_path / 'none'}: --set data.root=elsewhere says it too: give one of them")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys):
+    """The same command goes on: Slurm's script repeats it.  What --set says counts as ever."""
+    out = tmp_path / "run"
+    Run(out, apply_settings(preset("imagenet256-xl"), ["train.max_norm_ratio=0"])).create()
+    command = ["train", "--preset", "imagenet256-xl", "--out", str(out), "--dry-run"]
+    for more, ratio in (([], 0.0), (["--set", "train.max_norm_ratio=7"], 7.0)):
+        assert main([*command, *more]) == 0
+        assert f"max_norm_ratio: {ratio}" in capsys.readouterr().out
+    assert main([*command[:4], str(tmp_path / "new"), "--dry-run"]) == 0
+    assert "max_norm_ratio: 10.0" in capsys.readouterr().out
+    five = apply_settings(preset("imagenet256-b"), ["train.max_norm_ratio=5"])
+    for begun in (preset("digits"), five):  # another preset, another value of the user's
+        assert keep_begun(preset("imagenet256-b"), begun) == preset("imagenet256-b")
+    assert differences(keep_begun(preset("imagenet256-xl"), existing_config(out)), existing_config(out)) == []
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path, capsys):

@@ -34,6 +34,11 @@ def test_every_preset_builds_its_network():
     assert found == expected
 
 
+@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).data.dataset == "latents"])
+def test_imagenet_presets_skip_a_gradient_explosion(name):
+    assert preset(name).train.max_norm_ratio == 10
+
+
 def test_presets_say_what_they_are():
     assert preset("imagenet256-xl-sfd").objective.mode == "sfd"
     assert preset("imagenet256-b").model.size == "B"

@@ -2,19 +2,30 @@
 2, and nothing lost or half-written."""
 
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fastasync import stages
 from fastasync.cli import main
+from fastasync.data import verify
+from fastasync.data.shard_loader import ShardLatents
+from fastasync.model import LightningDiT
+from fastasync.probe import network
+from fastasync.representations.bundle import Bundle
+from fastasync.representations.semvae import SemVAE
 from fastasync.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +135,6 @@ def test_folders_that_cannot_be_written(place, images, latents, capsys):
 
 
 def make_features(folder):
-    import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
@@ -245,16 +255,143 @@ def test_damaged_latents_are_named_before_training(latents, tmp_path, capsys):
     flip(shard, 20)
     refused(capsys, train(latents, out), "shard-00001.safetensors")
     flip(shard, 20)
-    flip(shard)  # in the numbers: only their hash tells
-    assert main(["check-latents", str(latents)]) == 1
-    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
     shard.write_bytes(good[shard][:-5])
     refused(capsys, train(latents, out), "shard-00001.safetensors", "cut short")
     shard.unlink()
-    refused(capsys, train(latents, out), "shard-00001.safetensors: missing")
+    refused(capsys, train(latents, out), "shard-00001.safetensors: missing: run the same `fastasync encode` again")
     index.unlink()
     refused(capsys, train(latents, out), "encoding has not finished: run `fastasync encode` (again)")
     assert not out.exists()
+
+
+def test_what_is_no_folder_of_latents(place, images, tmp_path, capsys):
+    empty, text, out = place / "empty", place / "text", tmp_path / "run"
+    empty.mkdir()
+    text.mkdir()
+    (text / "notes.txt").write_text("")
+    for folder, says in (
+        (images, f"holds images, not encoded latents: run `fastasync encode {images} --out LATENTS` and give LATENTS"),
+        (images / "class 0", "holds images, not encoded latents: run `fastasync encode "),
+        (empty, f"is empty, not encoded latents: run `fastasync encode IMAGES --out {empty}` first"),
+        (text, "holds no index.json, not encoded latents: give the --out of `fastasync encode` as data.root"),
+        (place / "none", "no such folder"),
+    ):
+        refused(capsys, train(folder, out), f"{folder}: {says}")
+        refused(capsys, ["check-latents", folder], f"{folder}: {says}")
+    assert not out.exists()
+
+
+@pytest.fixture
+def three(place, images):
+    """Latents in three shards."""
+    assert main(["encode", str(images), "--out", str(place / "three"), *ENCODE, "--shard-size", "4"]) == 0
+    assert len(list((place / "three").glob("*.safetensors"))) == 3
+    return place / "three"
+
+
+def test_a_flipped_bit_in_the_numbers_of_a_shard(three, tmp_path, capsys):
+    """Only its hash tells: training, resuming and the probe look at it before any step."""
+    out, shard = tmp_path / "run", three / "shard-00001.safetensors"
+    assert main(train(three, out)) == 0
+    before = contents(out / "checkpoints")
+    flip(shard)
+    assert main(["check-latents", str(three)]) == 1
+    assert "shard-00001.safetensors: altered" in capsys.readouterr().out
+    says = (f"{shard}: altered (hash ", "delete it and run the same `fastasync encode` again")
+    refused(capsys, train(three, out, "train.steps=6"), *says)  # resumed
+    assert contents(out / "checkpoints") == before
+    refused(capsys, train(three, tmp_path / "new"), *says)
+    assert not (tmp_path / "new" / "checkpoints").exists()
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.batch=8", "probe.width=16"]
+    refused(capsys, train(three, tmp_path / "probe", *probe, "train.steps=100", stage="probe"), *says)
+    assert not list(tmp_path.glob("probe/probe/*"))
+    assert main(train(three, tmp_path / "unseen", "data.verify=false")) == 0
+
+
+def test_a_flipped_bit_that_is_found_while_training(three, tmp_path, capsys, monkeypatch):
+    """A large set is compared beside training, which stops; what was saved before stays, nothing is added to it."""
+    out, shard = tmp_path / "run", three / "shard-00001.safetensors"
+    flip(shard)
+    compare = verify.check_hash
+
+    def after_a_checkpoint(*arguments):
+        while not checkpoint.steps(out / "checkpoints"):
+            time.sleep(0.01)
+        compare(*arguments)
+
+    monkeypatch.setattr(verify, "check_hash", after_a_checkpoint)
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    line = refused(capsys, train(three, out, "train.steps=20000"), f"{shard}: altered (hash ", "training stopped at")
+    last = checkpoint.newest(out / "checkpoints")[0]
+    assert line.endswith(f"the last checkpoint is {last}")
+    stopped = int(re.search(r"stopped at step (\d+)", line)[1])
+    assert stopped - 2 <= checkpoint.read_state(last).step <= stopped
+    flip(shard)
+    monkeypatch.setattr(verify, "check_hash", compare)
+    assert main(train(three, out, f"train.steps={stopped + 3}")) == 0
+    flip(shard)
+    never = threading.Event()
+    monkeypatch.setattr(verify, "check_hash", lambda *_: never.wait())
+    assert main(train(three, out, f"train.steps={stopped + 4}")) == 0
+    never.set()
+    assert "only 0 of 3 shards were compared with their hashes" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_that_is_found_while_probing(three, tmp_path, capsys, monkeypatch):
+    """In the middle of a probe's steps, and at its end."""
+    flip(three / "shard-00001.safetensors")
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    compare, batch, save, begun = verify.check_hash, network.training_batch, stages.save_schedule, threading.Event()
+
+    def counted(*arguments):
+        begun.set()
+        return batch(*arguments)
+
+    def later(*arguments):
+        begun.wait()
+        compare(*arguments)
+
+    def saved(*arguments):
+        save(*arguments)
+        begun.set()
+        [each for each in threading.enumerate() if each.name == "verify latents"][-1].join()
+
+    monkeypatch.setattr(verify, "check_hash", later)
+    monkeypatch.setattr(network, "training_batch", counted)
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.batch=8", "probe.width=16"]
+    says = "shard-00001.safetensors: altered (hash "
+    arguments = train(three, tmp_path / "middle", *probe, "train.steps=10000", stage="probe")
+    refused(capsys, arguments, says)
+    assert not (tmp_path / "middle" / "schedule.json").exists()
+    begun.clear()
+    monkeypatch.setattr(network, "training_batch", batch)
+    monkeypatch.setattr(stages, "save_schedule", saved)
+    refused(capsys, train(three, tmp_path / "end", *probe, "train.steps=100", stage="probe"), says)
+    assert (tmp_path / "end" / "schedule.json").exists()
+
+
+def test_a_large_set_that_is_right(three, tmp_path, capsys, monkeypatch):
+    compare = verify.check_hash
+    monkeypatch.setattr(stages, "AT_ONCE", 0)
+    done = []
+
+    def noted(*arguments):
+        compare(*arguments)
+        done.append(arguments)
+
+    monkeypatch.setattr(verify, "check_hash", noted)
+    batch = ShardLatents.batch
+
+    def waits(latents, *arguments):
+        while latents.verification is not None and len(done) < 3:
+            time.sleep(0.01)
+        return batch(latents, *arguments)
+
+    monkeypatch.setattr(ShardLatents, "batch", waits)
+    assert main(train(three, tmp_path / "run", "train.steps=50")) == 0
+    said = capsys.readouterr()
+    assert said.err.count("latents: the hashes of this process's 3 shards are right (") == 1
+    assert "only" not in said.out
 
 
 def test_more_and_fewer_classes_than_the_model(latents, tmp_path, capsys):
@@ -331,7 +468,6 @@ def test_the_folder_of_latents_is_opened_twice_in_all(latents, tmp_path, monkeyp
 
 def test_a_published_folder(tmp_path, capsys):
     """SFD's layout, no image of the last class; refused without statistics, or with more classes than the model."""
-    import torch
     from safetensors.torch import save_file
 
     folder, out = tmp_path / "sfd", tmp_path / "run"
@@ -347,3 +483,77 @@ def test_a_published_folder(tmp_path, capsys):
     refused(capsys, [*published, "--set", "model.classes=2"], "label of image 2: 2: must be in 0..1")
     assert not out.exists()
     assert main(published) == 0
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """few(kind, method, most): a device of 3 GiB on which a method runs out of memory above so many images."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**31)
+
+    def limit(kind, method, most):
+        whole = getattr(kind, method)
+
+        def limited(self, images, *rest, **options):
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return whole(self, images, *rest, **options)
+
+        monkeypatch.setattr(kind, method, limited)
+
+    return limit
+
+
+def test_out_of_memory_while_encoding(place, images, few, capsys):
+    """What it says works; a representation that divides a batch itself is named with its own option."""
+    few(Bundle, "encode", 4)
+    encode = ["encode", images, "--out", place / "out", *ENCODE]
+    refused(capsys, encode, "--batch: 8: out of memory with the 3 GiB", "try --batch 4 (finished shards are kept)")
+    assert main([*map(str, encode), "--batch", "4"]) == 0
+    refused(capsys, [*encode[:3], place / "one", *ENCODE, "--batch", "5"], "try --batch 2 (")
+    few(Bundle, "encode", 0)
+    refused(capsys, [*encode[:3], place / "one", *ENCODE, "--batch", "1"], "--batch: 1: ", "use a device with more")
+    plugin = place / "chunks.py"
+    plugin.write_text(CHUNKS)
+    chunked = ["--plugin", plugin, "--representations", "texture,chunked", "--option", "chunked.chunk=6"]
+    few(Bundle, "encode", 4)
+    encode = ["encode", images, "--out", place / "two", *ENCODE, *chunked]
+    refused(capsys, encode, "try --option chunked.chunk=3, or --batch 4 (finished shards are kept)")
+
+
+CHUNKS = """
+from fastasync.representations import Representation, register
+
+@register("chunked")
+class Chunked(Representation):
+    channels = 1
+
+    def __init__(self, image_shape, grid, chunk=32):
+        super().__init__(image_shape, grid)
+        self.chunk = chunk
+
+    def encode(self, images):
+        return images[:, :1, : self.grid, : self.grid].float()
+"""
+
+
+def test_out_of_memory_while_training_a_semvae(place, few, capsys):
+    make_features(place / "features")
+    few(SemVAE, "standardise", 4)
+    arguments = ["train-semvae", "--features", place / "features", *SEMVAE]
+    says = ("--batch: 8: out of memory with the 3 GiB", "try --batch 4 (another training: give a new --out)")
+    refused(capsys, [*arguments, "--out", place / "a"], *says, "or more ranks, which divide it")
+    assert main([*map(str, arguments), "--out", str(place / "b"), "--batch", "4"]) == 0
+
+
+def test_out_of_memory_in_the_probe(three, tmp_path, few, capsys):
+    few(LightningDiT, "forward", 6)
+    probe = ["schedule.name=learned", "probe.estimator=B", "probe.budget=1", "probe.width=16", "train.steps=400"]
+    arguments = train(three, tmp_path / "a", *probe, "probe.batch=8", stage="probe")
+    says = ("probe.batch: 8: out of memory with the 3 GiB", "try probe.batch=4 (another probe: give a new --out)")
+    refused(capsys, arguments, *says)
+    arguments = train(three, tmp_path / "a", *probe, "probe.batch=8", stage="train")
+    refused(capsys, arguments, *says)

@@ -11,9 +11,10 @@ import torch
 
 from fastasync import rendezvous, stages
 from fastasync.config import config_from_dict
-from fastasync.distributed import RankLost, Session
+from fastasync.distributed import RankLost, Session, cpus_of_rank
 from fastasync.distributed import session as this_session
 from fastasync.errors import UserError
+from fastasync.images.pil_loader import PilLoader
 from fastasync.model import LightningDiT
 from fastasync.representations import train_semvae
 from fastasync.representations.semvae import SemVAESettings
@@ -198,3 +199,29 @@ def test_environments_that_make_no_sense():
             Session(variables)
     assert issubclass(RankLost, UserError)
     assert RankLost.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("environment", "cpus", "threads"),
+    [
+        ({}, 64, 64),
+        ({"LOCAL_WORLD_SIZE": "8"}, 64, 8),
+        ({"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1"}, 64, 8),  # torchrun in srun
+        ({"LOCAL_SIZE": "4"}, 6, 1),  # deepspeed
+        ({"LOCAL_WORLD_SIZE": "8"}, 2, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8"}, 64, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 64, 8),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 8, 8),  # Slurm has divided them
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, 64, 8),  # or has not
+        ({"LOCAL_WORLD_SIZE": "many"}, 64, 64),
+    ],
+)
+def test_ranks_of_a_host_share_its_cpus(monkeypatch, environment, cpus, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cpus)))
+    assert cpus_of_rank(environment) == threads
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert PilLoader(None, 8, (), 1).workers == threads
+    assert PilLoader(None, 8, (), 1, workers=3).workers == 3

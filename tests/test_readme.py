@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from fastasync.cli import main, parser
 from fastasync.run import existing_config
@@ -34,6 +36,34 @@ def test_third_representation_in_one_file(tmp_path):
     with torch.no_grad():
         assert schedule(torch.tensor([0.5], dtype=torch.float64)).tau.shape == (1, 3)
     assert (out / "report.html").is_file()
+
+
+def test_third_representation_of_images(tmp_path, monkeypatch):
+    """The same file on JPEGs: encode, train, sample; small encoders in the place of the pretrained ones."""
+    monkeypatch.chdir(tmp_path)
+    Path("edges.py").write_text(re.search(r"```python\n(# edges\.py\n.*?)```", README, re.DOTALL).group(1))
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        folder = Path("IMAGES") / f"class {number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    encode, train = re.search(
+        r"fastasync (encode IMAGES --out LATENTS3 .*?) \.\.\.\ndeepspeed train\.py (.*?)```", README, re.DOTALL
+    ).groups()
+    encode = encode.replace("autoencoder", "texture").replace("dino_semantic", "lowfreq").split()
+    assert main([*encode, "--size", "32", "--grid", "8", "--device", "cpu", "--backend", "pil"]) == 0
+    train = train.replace("\\", " ").replace("channels=32,2,16", "channels=48,2,3").split()
+    tiny = [
+        "representations.grid=8", "representations.decoder=texture", "schedule.name=offset:0.3", "model.size=custom",
+        "model.depth=1", "model.width=32", "model.heads=2", "model.classes=2", "model.repa_width=0",
+        "objective.repa_weight=0", "train.batch=8", "train.steps=2", "train.compile=off", "train.device=cpu",
+        "sample.count=4", "sample.integrator=euler", "sample.steps=2",
+    ]  # fmt: skip
+    settings = [part for setting in tiny for part in ("--set", setting)]
+    assert main(["train", *train, *settings]) == 0
+    assert main(["sample", *train, *settings]) == 0
+    with np.load(next(Path("runs/xl3").glob("samples/*/samples.npz"))) as arrays:
+        assert arrays["arr_0"].shape == (4, 32, 32, 3)
 
 
 def test_commands_and_files_in_the_readme_exist():

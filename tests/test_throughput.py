@@ -14,7 +14,8 @@ from fastasync.presets import preset
 from fastasync.throughput import RESULTS, choose_step, expected_hours, measured_steps
 from fastasync.training import build_model
 
-COLUMNS = ("date", "commit", "device", "subject", "case", "variant", "shape", "dtype", "tflop_per_s", "images_per_s")
+COLUMNS = ("date", "commit", "device", "subject", "case", "variant", "shape", "dtype", "tflop_per_s", "images_per_s",
+           "note")  # fmt: skip
 
 
 def flops_of(config):
@@ -63,6 +64,37 @@ def test_hours_of_the_measured_network(results):
     assert "perfect scaling is assumed, not measured; 32 images on each GPU" in about
     assert "gpu-9" in lines["measured training step"]
     assert "2026-11-24, commit abc1234" in lines["measured training step"]
+
+
+def test_measured_scaling_is_said_beside_the_hours(results):
+    two = {"subject": "scaling", "case": "XL on 2", "variant": "zero 1", "shape": "batch 256 a GPU"}
+    rows = [
+        {**two, "note": "1.970x the plain engine on one GPU, before; memory none", "date": "2026-11-26 01:00:00"},
+        {**two, "note": "1.500x the plain engine on one GPU; memory none"},
+        {**two, "note": "memory none, by another way to reduce", "date": "2026-11-27 01:00:00"},
+        {**two, "variant": "zero 1 strong", "shape": "batch 128 a GPU", "note": "1.800x the plain engine on one GPU"},
+        {**two, "variant": "zero 2", "note": "1.600x the plain engine on one GPU"},
+    ]
+    folder, config = results({}, *rows), preset("imagenet256-xl")
+    one, (eight, about) = (hours(expected_hours(config, XL, 8, folder), gpus) for gpus in (1, 8))
+    assert eight == pytest.approx(one[0] / 8, rel=5e-3)
+    assert "perfect scaling is assumed; measured: XL on 2 gpu-9, batch 256 a GPU: 1.970 times one (2026-11-26" in about
+    assert "; XL on 2 gpu-9, batch 128 a GPU: 1.800 times one (2026-11-24, commit abc1234); 32 images on each" in about
+    _, about = hours(expected_hours(apply_settings(config, ["train.zero=2"]), XL, 8, folder), 8)
+    assert "1.600 times one" in about
+    assert "1.970" not in about
+
+
+def test_what_is_refused_or_waits_is_said(capsys):
+    command = ["train", "--preset", "imagenet256-xl", "--out", "/nonexistent", "--dry-run"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "ZeRO 3 (with train.compile=off) " in said
+    assert "probe on several GPUs: runs on one, the others wait" in said
+    assert main([*command, "--set", "train.compile=off", "--set", "schedule.name=offset:0.3"]) == 0
+    said = capsys.readouterr().out
+    assert "ZeRO 3 (" not in said
+    assert "probe on several" not in said
 
 
 @pytest.mark.parametrize(

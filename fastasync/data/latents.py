@@ -16,6 +16,7 @@ class Latents(Protocol):
     """What training and the probe read from: a ``LatentSet``, or anything that answers alike.
 
     A set that also has ``features(indices, flips) -> [B, N, D]`` (frozen features of the images) can train with REPA.
+    What a set's ``verification`` finds, if it has one, ends training and the probe (``fastasync.data.verify``).
     """
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.data.shards import MappedFile, check_hash, check_labels, open_shards, read_index
+from fastasync.data.verify import Verification
 from fastasync.errors import UserError
 from fastasync.representations.bundle import Bundle
 from fastasync.representations.statistics import LatentStatistics
@@ -269,10 +270,11 @@ class ShardLatents(MappedLatents):
                 str(directory), "holds no features", "encode with REPA features, or set objective.repa_weight to 0"
             )
         files = list(open_shards(directory, self.index))
+        self.verification: Verification | None = None
+        self._hashed = [(file, record["sha256"]) for file, record in zip(files, self.index.shards)]
         if verify:
-            records = tqdm(self.index.shards, "verify latents", unit="shard", disable=not progress)
-            for file, record in zip(files, records):
-                check_hash(file, record["sha256"])
+            for file, sha256 in tqdm(self._hashed, "verify latents", unit="shard", disable=not progress):
+                check_hash(file, sha256)
 
         def names(kind: str, suffix: str = "") -> Names:
             return Names(f"{kind}{suffix}", f"{kind}_flip{suffix}" if encoding.flip else None)
@@ -286,6 +288,12 @@ class ShardLatents(MappedLatents):
             device,
         )
         self.names, self.channels = encoding.names, encoding.channels
+
+    def start_verifying(self, rank: int, world: int, at_once: int, say: Callable[[str], None]) -> Verification:
+        """Begin to compare the hashes of this rank's part of the shards, once; ``at_once``, ``say``: Verification's."""
+        if self.verification is None:
+            self.verification = Verification(self._hashed[rank::world], at_once, say)
+        return self.verification
 
 
 def check_encoder(directory: str | Path, statistics: LatentStatistics, names: Sequence[str], bundle: Bundle) -> None:

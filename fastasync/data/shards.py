@@ -14,9 +14,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ FEATURES_DTYPE = torch.float16
 _CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _CODES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _CODES |= {"BOOL": torch.bool}
+_LOOKED_AT = 100  # entries of a folder that is named in an error
 _CHUNK = 16  # images that statistics are computed over at a time: they stay in the cache (2.4 times faster than 256)
-_AGAIN = "delete it and run the same `fastasync encode` again: only what is missing is made"
+_DELETE = "delete it and "
+_AGAIN = f"{_DELETE}run the same `fastasync encode` again: only what is missing is made"
 
 
 class MappedFile:
@@ -53,7 +56,7 @@ class MappedFile:
             with open(self.path, "rb") as stream:
                 header = stream.read(min(int.from_bytes(stream.read(8), "little"), self.size))
         except FileNotFoundError:
-            raise UserError(str(path), "missing", remedy) from None
+            raise UserError(str(path), "missing", remedy.removeprefix(_DELETE)) from None
         except OSError as error:
             raise UserError(str(path), error.strerror, remedy) from None
         start = 8 + len(header)
@@ -332,9 +335,11 @@ def read_index(directory: str | Path) -> Index:
     if not path.parent.is_dir():
         raise UserError(str(directory), "no such folder", "give the --out of `fastasync encode` as data.root")
     if not path.exists():
-        started = (path.parent / ENCODING).exists()
-        what = "encoding has not finished" if started else f"no {INDEX} in it"
-        raise UserError(str(directory), what, "run `fastasync encode` (again): it goes on where it stopped")
+        if (path.parent / ENCODING).exists():
+            remedy = "run `fastasync encode` (again): it goes on where it stopped"
+            raise UserError(str(directory), "encoding has not finished", remedy)
+        what, remedy = _instead_of_latents(path.parent)
+        raise UserError(str(directory), f"{what}, not encoded latents", remedy)
     content = read_signed(path, _AGAIN)
     shards, facts = content.pop("shards"), content.pop("statistics")
     encoding = _encoding(content)
@@ -342,6 +347,19 @@ def read_index(directory: str | Path) -> Index:
     if statistics.fingerprint() != facts["fingerprint"]:
         raise UserError(str(path), "statistics are not those of its fingerprint", _AGAIN)
     return Index(encoding, tuple(shards), statistics)
+
+
+def _instead_of_latents(folder: Path) -> tuple[str, str]:
+    """What a folder holds that nothing was encoded into, and what to do."""
+    from fastasync.images.sources import EXTENSIONS
+
+    inside = list(islice(folder.iterdir(), _LOOKED_AT))
+    if not inside:
+        return "is empty", f"run `fastasync encode IMAGES --out {folder}` first"
+    deeper = (entry for place in inside if place.is_dir() for entry in islice(place.iterdir(), _LOOKED_AT))
+    if any(entry.name.lower().endswith((*EXTENSIONS, ".tar")) for entry in chain(inside, deeper)):
+        return "holds images", f"run `fastasync encode {folder} --out LATENTS` and give LATENTS"
+    return f"holds no {INDEX}", "give the --out of `fastasync encode` as data.root"
 
 
 def open_shards(directory: str | Path, index: Index) -> Iterator[MappedFile]:
@@ -365,11 +383,16 @@ def _describe(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "absent" if entry is None else f"{str(entry[0]).removeprefix('torch.')} {list(entry[1])}"
 
 
-def check_hash(found: MappedFile, sha256: str) -> None:
-    """UserError unless the file's bytes are those that were written."""
-    now = sha256_file(found.path)
+def check_hash(found: MappedFile, sha256: str, between: Callable[[], None] = lambda: None) -> None:
+    """UserError unless the file's bytes are those that were written.  ``between``: as for ``sha256_file``."""
+    now = sha256_file(found.path, between)
     if now != sha256:
         raise UserError(str(found.path), f"altered (hash {now[:12]}, the index says {sha256[:12]})", _AGAIN)
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error for a shard that was mapped and cannot be read any more."""
+    return UserError(str(path), error.strerror, _AGAIN.removeprefix(_DELETE))
 
 
 def check_latents(directory: str | Path, progress: bool = True, workers: int | None = None) -> LatentsReport:

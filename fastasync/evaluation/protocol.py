@@ -19,7 +19,7 @@ from fastasync.files import write_json
 
 _TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,)}
 _TITLES = {"kid": "KID", "is": "inception score", "precision": "precision", "recall": "recall"}
-_PACKAGES = ("fastasync", "torch", "triton", "torchvision", "torch-fidelity", "torchdiffeq", "numpy")
+_PACKAGES = ("fastasync", "torch", "triton", "deepspeed", "torchvision", "torch-fidelity", "torchdiffeq", "numpy")
 
 
 def library_versions() -> dict[str, str]:

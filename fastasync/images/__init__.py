@@ -58,7 +58,8 @@ def open_images(
 
     Either ``batches`` (index tensors, for instance of ``batch_indices``, without end if need be), or ``order`` (int64,
     default: the source's), ``rank``, ``world`` and ``start`` for ``shard_batches``.  ``backend``: ``pil``, ``dali``, or
-    ``auto``, which is DALI where there are a CUDA device and the package, else Pillow.  ``device``: by default the
+    ``auto``, which is DALI where there are a CUDA device and the package, else Pillow (slower than DALI on CPUs, but
+    its crop is ADM's to the pixel).  ``device``: by default the
     current CUDA device for DALI if there is one, else the CPU.  Raises UserError.
     """
     if backend not in BACKENDS:

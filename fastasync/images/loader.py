@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastasync.distributed import cpus_of_rank
 from fastasync.errors import UserError
 from fastasync.images.sources import ImageSource
 from fastasync.images.transforms import horizontal_flip
@@ -41,7 +41,7 @@ class ImageLoader(ABC):
         size: side S of the square crop.
         batches: index tensors int64 [b], 1 <= b <= batch (see ``shard_batches``).
         batch: the largest batch.
-        workers: threads that read and decode (default: one for each CPU that this process may use).
+        workers: threads that read and decode (default: one for each CPU, divided by the ranks of this host).
         device: where the images go.
 
     A file that cannot be decoded is a UserError that names it.
@@ -62,7 +62,7 @@ class ImageLoader(ABC):
             if value < 1:
                 raise UserError(name, value, "must be at least 1")
         self.source, self.size, self.batches, self.batch = source, size, batches, batch
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or cpus_of_rank()
         self.device = torch.device(device)
 
     @abstractmethod

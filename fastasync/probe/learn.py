@@ -33,6 +33,7 @@ from fastasync.probe.surface import LEAST_ERRORS, LossSurface, sweep
 from fastasync.sampling.generate import initial_noise, sample_labels
 from fastasync.sampling.integrators import evaluations, integrate, time_grid
 from fastasync.schedule import Schedule, schedule_from_json
+from fastasync.training.out_of_memory import explained_batch
 
 RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
 PLANNED = "train.steps"  # whose share the budget is
@@ -331,7 +332,8 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
             f"B beta {row.beta:g}": row.minimum.schedule for row in sorted(rows, key=lambda row: row is not middle)
         }
         method = search_method(config)
-        with budget.timed("sampling"):
+        smaller = explained_batch("sample.batch", config.sample.batch, job.device, " (the same samples)")
+        with budget.timed("sampling"), smaller:
             found = search(
                 candidate_family(reps.names, reps.roles, learned),
                 reps.roles,

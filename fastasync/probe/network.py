@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fastasync.compat import shorten_compiler_messages
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, draw_flips
+from fastasync.data.verify import damage
 from fastasync.densities import Density
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, train_flops
@@ -201,7 +202,12 @@ def adam_state(state: Mapping[str, Tensor], prefix: str, device: torch.device | 
 
 
 def training_batch(config: Config, latents: Latents, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Latents and labels of one of the probe's steps; pure in (probe.seed, step)."""
+    """Latents and labels of one of the probe's steps; pure in (probe.seed, step).
+
+    Raises the UserError of a damaged shard, once their verification has found one.
+    """
+    if (error := damage(latents)) is not None:
+        raise error
     probe = config.probe
     samples = torch.arange(probe.batch)
     flips = draw_flips(probe.seed, step, samples) if config.data.flip else None

@@ -204,6 +204,7 @@ def train(
     """
     from fastasync.training.interrupt import StopSignal, only_process
     from fastasync.training.metrics import MetricsLog
+    from fastasync.training.out_of_memory import explained_batch
 
     out, device, here = Path(out), torch.device(device), session()
     if training.semvae.batch % here.world:
@@ -216,13 +217,17 @@ def train(
         if here.world > 1:
             here.start_group(device)
         stack.enter_context(explained_loss())
+        other = " (another training: give a new --out), or more ranks, which divide it"
+        stack.enter_context(explained_batch("--batch", training.semvae.batch, device, other, parts=here.world))
         run = _Run(source, out, training, facts, device)
         if here.from_main((out / WEIGHTS).exists) and run.step == training.semvae.steps:
             return load_semvae(out / WEIGHTS)[1]
         if not run.step:
             run.measure_features(progress)
         log = stack.enter_context(MetricsLog(out, run.step)) if here.is_main else None
-        quality = run.steps(log, stack.enter_context(StopSignal(launched=here.world > 1)), progress)
+        hidden, total = not (progress and here.is_main), training.semvae.steps
+        bar = stack.enter_context(tqdm(desc="SemVAE", total=total, initial=run.step, disable=hidden))
+        quality = run.steps(log, stack.enter_context(StopSignal(launched=here.world > 1)), bar)
         content = {**facts, "quality": quality}
         shape = training.semvae
         here.main_only(lambda: save_semvae(out / WEIGHTS, run.vae, shape.width, shape.depth, shape.heads, content))
@@ -318,7 +323,7 @@ class _Run:
         self.vae.feature_mean.copy_(mean.view(1, -1, 1, 1))
         self.vae.feature_std.copy_(std.clamp(min=1e-6).view(1, -1, 1, 1))  # one that never varies stays zero
 
-    def steps(self, log: Any, stop: Any, progress: bool) -> dict[str, float]:
+    def steps(self, log: Any, stop: Any, bar: tqdm) -> dict[str, float]:
         """Train to the last step; returns the last evaluation.  ``log`` is rank 0's."""
         from fastasync.training.interrupt import Interrupted
 
@@ -326,7 +331,6 @@ class _Run:
         count, batch = len(self.images), t.semvae.batch
         mine = torch.arange(batch).tensor_split(self.world)[self.rank]
         batches = (self.images[batch_indices(step, batch, count, t.seed)[mine]] for step in range(self.step, total))
-        bar = tqdm(desc="SemVAE", total=total, initial=self.step, disable=not (progress and here.is_main))
         quality: dict[str, float] = {}
         start, done = time.perf_counter(), 0
         for features in self._features(batches):
@@ -352,7 +356,6 @@ class _Run:
                 if stopping and not last:
                     raise Interrupted(self.step, path)
             bar.update()
-        bar.close()
         # none: resumed after the last step, killed before the weights were written
         return quality or here.from_main(self.evaluate)
 

@@ -14,6 +14,7 @@ Every engine writes these files, with whole tensors: a checkpoint fits any engin
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastasync import __version__
 from fastasync.config import Config, config_from_dict, differences, flatten
 from fastasync.distributed import OtherRankFailed
 from fastasync.errors import UserError
@@ -116,8 +118,13 @@ def restore_random(state: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What computed this: Python, torch, CUDA, safetensors."""
+    """What computed this: Python, torch, CUDA and the packages that training goes through, as far as they are here."""
+    found = {"fastasync": __version__}
+    for package in ("triton", "deepspeed"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
     return {
+        **found,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from fastasync.config import Config
 from fastasync.data import Latents, batch_indices, flips_by_step, training_calls
-from fastasync.distributed import explained_loss, rank_lost, session
+from fastasync.data.verify import damage
+from fastasync.distributed import OtherRankFailed, explained_loss, rank_lost, session
 from fastasync.errors import UserError
 from fastasync.model import train_flops
 from fastasync.schedule import Schedule
@@ -73,13 +74,14 @@ def train(
     A CPU run that was stopped at any moment and resumed ends bit for bit where an uninterrupted one does.
 
     Raises:
-        UserError: the data or what is in ``out_dir`` does not fit the configuration, the disk is full, or the device
-            is out of memory.
+        UserError: the data or what is in ``out_dir`` does not fit the configuration, the disk is full, the device
+            is out of memory, or the verification of ``latents`` has found a damaged shard.
         TrainingError: three steps in a row had a non-finite gradient, or a weight became non-finite.
         Interrupted: SIGTERM or SIGINT; a checkpoint was saved (exit code 75).
     """
     out, settings, seed = Path(out_dir), config.train, config.data.seed
     root, messages, record = out / checkpoint.FOLDER, [], None
+    hashed = hasattr(latents, "verification")
     device = choose_device(settings.device)
     ops, objective = choose_ops(config.model.kernels, device), build_objective(config)
     check_data(config, latents)
@@ -163,8 +165,17 @@ def train(
                 f"training stopped at step {step}",
                 what + " (" + ", ".join(f"{key} {value}" for key, value in numbers.items()) + ")",
                 f"the last good checkpoint is {last_good or 'none yet'}: run again to continue from it, "
-                "or start over with a lower train.lr or with train.clip",
+                "or start over with a lower train.lr or with train.clip"
+                + (f"; or damaged latents: `fastasync check-latents {config.data.root}`" if hashed else ""),
             )
+
+        def damaged() -> BaseException:
+            """Of a shard that was trained on: nothing is saved of the steps since the last checkpoint."""
+            found = damage(latents)
+            if found is None:  # another rank's, which reports it
+                return OtherRankFailed(UserError.exit_code)
+            kept = f"training stopped at step {step}, the last checkpoint is {last_good or 'none yet'}"
+            return UserError(found.field, found.value, f"{found.remedy}; {kept}")
 
         def inspect() -> TallyReading:
             """Look at what the steps since the last time did.  Waits for the device."""
@@ -236,7 +247,9 @@ def train(
                 if log is not None:
                     log.write(record)
                 bar.set_postfix(loss=reading.means["loss"], images_per_s=round(rate, 1), refresh=False)
-            stopping = engine.any(stop.received is not None)
+            stopping = engine.any(stop.received is not None or damage(latents) is not None)
+            if stopping and engine.any(damage(latents) is not None):
+                raise damaged()
             if stopping or step == settings.steps or _due(config, step):
                 began = time.perf_counter()
                 with stop.patient():

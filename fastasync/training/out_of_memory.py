@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -98,3 +98,25 @@ def explained_sampling(sample: Sample, device: torch.device) -> Iterator[None]:
         if sample.batch > 1:
             remedy = f"try sample.batch={sample.batch // 2} (the images stay the same)"
         raise UserError("sample.batch", sample.batch, f"{said}: {remedy}") from None
+
+
+@contextmanager
+def explained_batch(
+    field: str, batch: int, device: torch.device, note: str = "", ways: Sequence[str] = (), parts: int = 1
+) -> Iterator[None]:
+    """Turn torch.OutOfMemoryError into a UserError that names ``field`` with half of the ``batch``.
+
+    Args:
+        field: an option, ``--batch``, or a field, ``section.name``.
+        note: what another batch means.
+        ways: other settings that need less, named before the batch.
+        parts: what the batch must divide into.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        said = f"out of memory with the {usable_memory(device) / 2**30:.3g} GiB that a device has"
+        half = batch // 2 // parts * parts
+        smaller = [f"{field}{' ' if field.startswith('--') else '='}{half}{note}"] if half else []
+        remedy = "try " + ", or ".join([*ways, *smaller]) if ways or half else "use a device with more memory"
+        raise UserError(field, batch, f"{said}: {remedy}") from None

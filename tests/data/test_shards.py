@@ -101,7 +101,9 @@ def test_foreign_folders_are_refused(tmp_path, encoding):
         begin(tmp_path, encoding())
     with pytest.raises(UserError, match="not a folder"):
         begin(tmp_path / "thesis.tex", encoding())
-    with pytest.raises(UserError, match=r"no index.json in it: run `fastasync encode`"):
+    with pytest.raises(
+        UserError, match=r"holds no index.json, not encoded latents: give the --out of `fastasync encode`"
+    ):
         read_index(tmp_path)
     begin(tmp_path / "new", encoding())
     with pytest.raises(UserError, match="encoding has not finished"):
@@ -157,7 +159,7 @@ def test_missing_and_truncated_shards(folder):
             list(open_shards(folder, index))
     path.unlink()
     (folder / "shard-00000.safetensors").unlink()
-    with pytest.raises(UserError, match=r"shard-00000.safetensors: missing: delete it and run the same"):
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: missing: run the same"):
         list(open_shards(folder, index))
     problems = check_latents(folder, progress=False).problems
     assert [problem.split(":")[0].rpartition("/")[2] for problem in problems] == [

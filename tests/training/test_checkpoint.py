@@ -1,6 +1,8 @@
 """Checkpoints as directories: what is kept, full disks, verification, one process at a time."""
 
 import errno
+import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +11,9 @@ import sys
 import pytest
 import torch
 
+from fastasync import __version__
 from fastasync.errors import UserError
+from fastasync.evaluation.protocol import library_versions
 from fastasync.training import checkpoint, engine, load_model, verify
 
 
@@ -42,6 +46,11 @@ def test_a_checkpoint_is_readable_by_others(tmp_path, tiny, run):
     state = json.loads((path / "state.json").read_text())
     assert (state["step"], state["position"], state["statistics"]) == (6, 6, "statistics-1")
     assert state["versions"]["torch"] == torch.__version__
+    assert state["versions"]["fastasync"] == __version__
+    for package in ("triton", "deepspeed"):
+        if importlib.util.find_spec(package):
+            found = importlib.metadata.version(package)
+            assert (state["versions"][package], library_versions()[package]) == (found, found)
     assert state["schedule"]["kind"] == "offset"
     assert set(state["random"]) >= {"python", "numpy", "torch"}
 

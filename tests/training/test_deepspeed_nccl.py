@@ -1,9 +1,10 @@
-"""Our reduction for ZeRO 1 and 2 over NCCL: two ranks, each with a GPU of its own, against one process.
+"""Our reduction for ZeRO 1 and 2 over NCCL, and DeepSpeed's for 0 and 3, on two GPUs against one process.
 
 What is compared depends on no measurement (operations of PyTorch, float32 products in float32), but for one run with
 Triton's kernels whose other backends are chosen by their times.
 """
 
+import json
 from typing import NamedTuple
 
 import pytest
@@ -45,6 +46,11 @@ def runs(tmp_path_factory):
         parts = dict(accumulate=2, clip=1.0, zero=zero, steps=steps)
         jobs.append(job(f"parts-{steps}", "parts", precision="fp32", **parts))
     jobs.append(job("measured", model={}, precision="bf16", zero=2))
+    # DeepSpeed's own reduction; 3 last, as it leaves its own F.linear in the process
+    whole = dict(zero_optimization=dict(stage3_param_persistence_threshold=0))  # else it keeps so small weights whole
+    (folder / "sharded.json").write_text(json.dumps(whole))
+    jobs.append(job("zero0-fp32", precision="fp32", zero=0))
+    jobs.append(job("zero3-fp32", precision="fp32", zero=3, deepspeed_config=str(folder / "sharded.json")))
     for each in (*plain, *jobs):
         each["out"] = folder / each["out"]
     variables = {"NVIDIA_TF32_OVERRIDE": "0", "DS_ACCELERATOR": DEVICE}
@@ -79,12 +85,13 @@ def state(folder, name):
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("zero1-fp32", "plain-fp32"), ("zero2-fp32", "plain-fp32"), ("parts", "plain-parts")],
+    [*((f"zero{stage}-fp32", "plain-fp32") for stage in range(4)), ("parts", "plain-parts")],
 )
 def test_two_ranks_are_one_process_in_float32(runs, name, plain):
     """``parts``: of a batch divided in two, clipped, through checkpoints from ZeRO 1 to 2 and back."""
     folder, results = runs
     assert [result["resumed_from"] for result in results["parts-6"]] == [4, 4]
+    assert all("error" not in result for result in results.get(name, []))
     for kind, found, wanted in zip(State._fields, state(folder, name), state(folder, plain)):
         assert float((found - wanted).norm()) <= ORDER * float(wanted.norm()), kind
     torch.testing.assert_close(curve(folder / name), curve(folder / plain), rtol=ORDER, atol=0)

@@ -44,6 +44,7 @@ done
 wait
 """
 SRUN = """#!/usr/bin/env bash
+[[ " $* " == *" --cpus-per-task=$SLURM_CPUS_PER_TASK "* ]] || exit 9
 while [[ $1 == --* ]]; do shift; done
 trap 'kill -TERM $(jobs -p)' TERM
 for ((n = 0; n < SLURM_NNODES; n++)); do "$@" & done
@@ -233,6 +234,7 @@ def test_the_slurm_script_trains_stops_and_queues_again(tmp_path, stand_ins, sta
     out, requeued = tmp_path / "run", tmp_path / "requeued"
     slurm = {
         "SLURM_JOB_ID": 77, "SLURM_JOB_NODELIST": "localhost,127.0.0.1", "SLURM_NNODES": 2, "SLURM_GPUS_ON_NODE": 1,
+        "SLURM_CPUS_PER_TASK": 3,
         "REQUEUED": requeued, "PATH": f"{stand_ins}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     script = ["bash", ROOT / "docs" / "slurm.sh"]
