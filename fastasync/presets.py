@@ -23,7 +23,7 @@ _DIGITS: dict[str, dict[str, Any]] = {
     "model": dict(depth=4, width=96, heads=4, classes=10),
     "train": dict(steps=500, batch=128, lr=2e-3, warmup=50, ema=0.99, clip=1.0, checkpoint_every=250),
     # 1 % of a two-minute run is one second: the smallest useful probe is larger, and says so
-    "probe": dict(depth=2, width=64, heads=2, batch=128, lr=2e-3, budget=0.25, sampling_steps=10),
+    "probe": dict(depth=2, width=64, heads=2, batch=128, lr=2e-3, budget=0.25),
     "sample": dict(count=1500, batch=500, steps=[5, 15]),
     "evaluate": dict(features="classifier", metrics=["fid"]),
 }

@@ -20,7 +20,7 @@ from fastasync.probe.surface import path_gap
 from fastasync.schedule import kinetic_energy, load_schedule, named_schedule
 
 EARLIER = ("independent", "by distance alone")  # variants: C as it was until 2026-11-26, and until that day's evening
-OWN = "for 25 steps"  # scored by as many steps as the sampler's finest grid has
+OWN = "for 25 steps"  # C scored by as many steps as the sampler's finest grid has: tried, and not better
 
 
 def scan_jobs(ledger: Ledger) -> list[Job]:

@@ -227,7 +227,7 @@ def _integrators(intervals: int) -> tuple[str, ...]:
 STUDIES = {
     "cifar10": Study(
         preset="cifar10",
-        settings=("sample.count=10000", f"sample.last_step={LAST_STEP}", "probe.sampling_steps=10"),
+        settings=("sample.count=10000", f"sample.last_step={LAST_STEP}"),
         steps=6000,
         headline=tuple(f"heun_euler{count}@{LAST_STEP}" for count in (17, 49)),
         curve=tuple(f"heun_euler{count}@{LAST_STEP}" for count in (5, 9, 17, 29, 49, 99)),

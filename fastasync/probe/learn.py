@@ -157,13 +157,8 @@ def search_method(config: Config) -> str:
     return config.sample.integrator if evaluations(config.sample.integrator, 1) else "heun"
 
 
-def search_steps(config: Config) -> int:
-    """Steps of C's sampler: those that will be used, unless ``probe.sampling_steps`` says how many."""
-    return config.probe.sampling_steps or max(config.sample.steps)
-
-
 def _sample_flops(config: Config, forward: float) -> float:
-    return forward * (evaluations(search_method(config), search_steps(config)) or 0)
+    return forward * (evaluations(search_method(config), config.probe.sampling_steps) or 0)
 
 
 def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
@@ -350,7 +345,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
             "noise": found.noise,
             "label": found.label,
             "method": method,
-            "steps_of_sampler": search_steps(config),
+            "steps_of_sampler": config.probe.sampling_steps,
         }
     diagnostics["chosen"] = describe(schedule, surface, job.density, job.lam, job.beta)
     if oracle and len(reps.names) in _ORACLE_CELLS:
@@ -423,7 +418,7 @@ def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Te
     config, reps = job.config, job.config.representations
     ops = fastasync_kernels.select(config.model.kernels, job.device)
     sample, parts = config.sample, []
-    grid = time_grid(schedule, search_steps(config), sample.grid_power, sample.last_step)
+    grid = time_grid(schedule, config.probe.sampling_steps, sample.grid_power, sample.last_step)
     for part in indices.split(sample.batch):
         labels = sample_labels(part, range(config.model.classes), "balanced", config.probe.seed)
         noise = initial_noise(part.to(job.device), (sum(reps.channels), reps.grid, reps.grid), config.probe.seed)
