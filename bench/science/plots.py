@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fastasync.report.style import below, colour, settings, text
+from fastasync.report.style import COLOURS, below, colour, settings, text
 
 Series = Mapping[str, Mapping[int, Sequence[float]]]  # label -> x -> values of the seeds
 
@@ -66,6 +67,28 @@ def curves(series: Series, x_label: str, goals: Mapping[str, float] | None = Non
         axes.set_ylabel("FID (lower is better)")
         if handles:
             below(figure, handles, columns=3)
+    return figure
+
+
+def leads(
+    lines: Mapping[str, Sequence[tuple[float, float]]], dots: Mapping[str, Sequence[tuple[float, float]]]
+) -> Figure:
+    """FID against the largest lead: families whose members are joined, and others."""
+    with settings():
+        figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+        axes = figure.subplots()
+        handles = []
+        for index, (label, pairs) in enumerate([*lines.items(), *dots.items()]):
+            style: dict[str, Any] = {
+                "color": colour(index),
+                "marker": "os^"[index // len(COLOURS)],
+                "linestyle": "-" if label in lines else "",
+            }
+            axes.plot(*zip(*sorted(pairs)), **style, linewidth=2, markersize=5, alpha=0.8)
+            handles.append(Line2D([], [], **style, label=text(label)))
+        axes.set_xlabel("largest lead of the semantic latent, in local time")
+        axes.set_ylabel("FID (lower is better)")
+        below(figure, handles, columns=3)
     return figure
 
 

@@ -10,11 +10,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure as Picture
 
+from bench.science import plots
 from bench.science.compare import against, fids, geometric
 from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
 from bench.science.specs import MEMBERS, SCAN_SEED, Spec
+from fastasync.schedule import named_schedule
 
 
 def _members(ledger: Ledger) -> list[str]:
@@ -50,6 +53,22 @@ def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
     return [*jobs, *(TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in again if name)]
 
 
+def _picture(ledger: Ledger) -> Picture | None:
+    """FID by the last headline sampler against the lead, on the scan's first seed; None before anything is trained."""
+    reps, sampler = ledger.study.common().representations, ledger.study.headline[-1]
+    families: dict[str, list[tuple[float, float]]] = {}
+    for name in (*ledger.study.fixed, *_members(ledger)):
+        value = ledger.figure(Spec(name, SCAN_SEED), ledger.study.steps, sampler)
+        if value is None:
+            continue
+        kind, _, rest = name.partition(":")
+        made = MEMBERS.get(kind, named_schedule)
+        label = f"at a mean time of {rest.partition('@')[2]}" if kind == "lead" else kind
+        families.setdefault(label, []).append((made(name, reps.names, reps.roles).lead(), value))
+    joined = {label: pairs for label, pairs in families.items() if len(pairs) > 1 and label != "random"}
+    return plots.leads(joined, {k: v for k, v in families.items() if k not in joined}) if families else None
+
+
 def _report(ledger: Ledger) -> Report:
     study, rows, again, sentences = ledger.study, [], [], []
     reps = study.common().representations
@@ -81,7 +100,7 @@ def _report(ledger: Ledger) -> Report:
                 ["schedule", "lead", *study.headline], rows),
         Section("again", "The best of them on the headline seeds: FID.", ["schedule", *study.headline, "all"], again),
     ]  # fmt: skip
-    return Report(sections, sentences)
+    return Report(sections, sentences, _picture(ledger))
 
 
 QUESTION = Question(9, "How much room there is above the best fixed schedule", _jobs, _report)
