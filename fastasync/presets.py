@@ -30,7 +30,7 @@ _DIGITS: dict[str, dict[str, Any]] = {
 _CIFAR10: dict[str, dict[str, Any]] = {
     "data": dict(dataset="cifar10", flip=True),
     "representations": dict(channels=[48, 16], grid=8),
-    "schedule": dict(baselines=["synchronous", "offset:0.3"]),
+    "schedule": dict(baselines=["synchronous", "offset:0.3", "power:2"]),
     "model": dict(depth=8, width=256, heads=8, mlp_multiple=64, classes=10),
     "train": dict(steps=10000, batch=256, lr=4e-4, warmup=500, ema=0.999, clip=1.0, checkpoint_every=2000),
     # 1 % of this run would be 500 steps, after which a probe still generates noise
