@@ -72,7 +72,7 @@ def hint_of(x: Tensor, parts: int) -> Tensor:
 
 def plain_both(x: Tensor, sums: bool = False) -> tuple[Tensor, ...]:
     rows, scale, top = reference.cast_rows(x, True)
-    total = x.sum(0, dtype=torch.float32) if sums else x.new_empty(0)
+    total = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)) if sums else x.new_empty(0)
     return rows, scale, *reference.cast_columns(x, top), *((total,) if sums else ())
 
 
@@ -212,17 +212,17 @@ def cases(width: int, hidden: int, tokens: int, heads: int) -> list[Case]:
         return by_kernels().cast_columns(x, top)
 
     return [
-        hinted(width, ADALN_PARTS),
-        hinted(3 * width, QKNORM_PARTS),
-        both(width, ADALN_PARTS),
-        both(hidden, SWIGLU_PARTS),
-        both(2 * hidden, SWIGLU_PARTS),
-        adaln_case(width, tokens),
-        qknorm_case(width, tokens, heads),
-        *swiglu_cases(hidden),
         rows("rows", width, False),
         rows("rows", hidden, False),
         rows("rows, tops", width, True),
+        hinted(width, ADALN_PARTS),
+        hinted(3 * width, QKNORM_PARTS),
+        adaln_case(width, tokens),
+        qknorm_case(width, tokens, heads),
+        *swiglu_cases(hidden),
+        both(width, ADALN_PARTS),
+        both(hidden, SWIGLU_PARTS),
+        both(2 * hidden, SWIGLU_PARTS),
         Case("columns", width, reference.cast_columns, columns, lambda x: [x, column_tops(x)], 1),
     ]
 

@@ -237,11 +237,14 @@ def surface_step(
     """What the device does in one of the probe's steps: (step, [latents, labels, local times]) -> the loss.
 
     On CUDA recorded where it is bound by launches, otherwise compiled unless ``train.compile`` is off.
+    Raises UserError for a named attention backend that cannot run here or is wrong here.
     """
     channels, seed, batch = config.representations.channels, config.probe.seed, config.probe.batch
     ops = fastasync_kernels.select(config.model.kernels, device)
     network: Any = model
     cuda = torch.device(device).type == "cuda"
+    if model.attention != "auto":  # a compiled network does not look at it again
+        model.choose_attention(batch, torch.bfloat16 if cuda else torch.float32)
     recorded = cuda and is_recorded(config, model)
     if cuda and config.train.compile != "off" and not recorded:
         shorten_compiler_messages()

@@ -16,7 +16,8 @@ Every backend takes q, k, v of shape [B, heads, N, Dh] in any memory order with 
 output of ``qknorm_rope`` nor its view of v is copied on the way in.
 
 ``auto`` is a measurement, which cannot happen while torch.compile traces: call ``resolve_backend`` once, before
-compiling, and keep the concrete name.
+compiling, and keep the concrete name.  It also compares what other packages compute with the formula: their kernels
+come in versions that are wrong for some head dimensions on some devices, in the gradients only too.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ._timing import recorded_milliseconds
 
 BACKENDS = ("cudnn", "fa4", "fa3", "fa2", "sdpa", "efficient", "triton", "mixed", "reference")
+_PACKAGES = ("fa4", "fa3", "fa2")  # of others: never taken unchecked
 _HALF = (torch.float16, torch.bfloat16)
 _OFF_HALF, _OFF = 0.02, 1e-3  # further than this from the formula a backend is wrong; rounding is a tenth of it
 _log = logging.getLogger(__name__)
 _choices: dict[tuple[Any, ...], str] = {}
+_faults: dict[tuple[Any, ...], str] = {}
 
 
 class BackendUnavailable(ValueError):
-    """The attention backend asked for does not exist or cannot run here; the message names those that can."""
+    """The attention backend asked for does not exist, cannot run here or is wrong here; the message names others."""
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -236,36 +239,59 @@ def _milliseconds(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool)
     return recorded_milliseconds({backend: run})[backend]
 
 
-def _error(backend: str, q: Tensor, k: Tensor, v: Tensor, gradient: bool) -> float:
-    """Largest relative distance (L2) of the output, and of the gradients, from the formula's on the first samples."""
+def _draw(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], gradient: bool) -> list[Tensor]:
+    """q, k, v laid out as the model's: packed in memory order B, N, 3, heads, Dh, then q and k in their own."""
+    batch, heads, tokens, width = shape
+    generator = torch.Generator(device).manual_seed(0)  # a check must not move the draws of what runs after it
+    qkv = torch.randn(batch, tokens, 3, heads, width, device=device, dtype=dtype, generator=generator)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    q, k = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k))
+    return [part.detach().requires_grad_(gradient) for part in (q, k, v)]
+
+
+def _error(backend: str, tensors: list[Tensor], gradient: bool) -> float:
+    """Largest relative distance (L2) of the output, and of the gradients, from the formula's."""
     results = []
     for name in (backend, "reference"):
-        leaves = [part[:2].detach().requires_grad_(gradient) for part in (q, k, v)]
         with torch.enable_grad() if gradient else torch.no_grad():
-            out = _RUN[name](*leaves)
-            results.append([out, *(torch.autograd.grad(out, leaves, leaves[2].detach()) if gradient else ())])
+            out = _RUN[name](*tensors)
+            results.append([out, *(torch.autograd.grad(out, tensors, tensors[2].detach()) if gradient else ())])
     pairs = [(found.detach().float(), exact.detach().float()) for found, exact in zip(*results, strict=True)]
-    return max(float((found - exact).norm() / exact.norm().clamp(min=1e-30)) for found, exact in pairs)
+    distances = [(found - exact).norm() / exact.norm().clamp(min=1e-30) for found, exact in pairs]
+    return float(torch.stack(distances).max())  # NaN where one is: Python's max would pass over it
+
+
+def _fault(backend: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], gradient: bool) -> str:
+    """How far ``backend`` is off on two samples of ``shape``, or its error; an empty string where it is right.
+
+    Found once in a process.  Raises torch.OutOfMemoryError, which is not the backend's fault.
+    """
+    key = (backend, device, dtype, *shape[1:], gradient)
+    if key not in _faults:
+        allowed = _OFF_HALF if dtype in _HALF else _OFF
+        try:
+            with torch.cuda.device(device):
+                error = _error(backend, _draw(device, dtype, (2, *shape[1:]), gradient), gradient)
+            _faults[key] = "" if error <= allowed else f"off by {error:.2g}, at most {allowed:g} is rounding"  # NaN too
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a backend that fails at run time raises anything
+            _faults[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return _faults[key]
 
 
 def _measure(candidates: list[str], device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], gradient: bool):
-    """Milliseconds of each candidate on tensors laid out as the model's: packed in memory order B, N, 3, heads, Dh.
+    """Milliseconds of each candidate on tensors laid out as the model's.
 
     A candidate that fails here, or whose results are not the formula's, is left out with a warning.
     """
-    batch, heads, tokens, width = shape
     timings: dict[str, float] = {}
     with torch.cuda.device(device):
-        qkv = torch.randn(batch, tokens, 3, heads, width, device=device, dtype=dtype)
-        q, k, v = (part.transpose(1, 2).detach() for part in qkv.unbind(2))
-        q, k = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k))
-        for part in (q, k, v):
-            part.requires_grad_(gradient)
+        q, k, v = _draw(device, dtype, shape, gradient)
         for backend in candidates:
             try:
-                error = _error(backend, q, k, v, gradient)
-                if not error <= (_OFF_HALF if dtype in _HALF else _OFF):  # NaN too
-                    raise ArithmeticError(f"off by {error:.2g}")
+                if fault := _fault(backend, device, dtype, shape, gradient):
+                    raise ArithmeticError(fault)
                 timings[backend] = _milliseconds(backend, q, k, v, gradient)
             except Exception as error:  # a backend that fails at run time is not a candidate, and says so
                 _log.warning("attention: %s left out, it failed on %s %s: %s", backend, list(shape), dtype, error)
@@ -281,10 +307,12 @@ def resolve_backend(
     ``backend`` is a name of ``BACKENDS``, checked, or "auto": the fastest of those available for this device, shape,
     dtype and direction (``gradient``: forward and backward, or forward only), measured once in a process, a few
     milliseconds each, and logged.  On a device other than CUDA "auto" is "sdpa" and nothing is measured.
+    A backend of another package is compared with the formula in the same direction, on two samples, once in a process.
 
-    Raises BackendUnavailable for an unknown name, and for one that cannot run here, with the reason.
+    Raises BackendUnavailable for an unknown name, for one that cannot run here, with the reason, and for one that fails
+    or is wrong here.
     """
-    device = torch.device(device)
+    device, direction = torch.device(device), "forward and backward" if gradient else "forward"
     if len(shape) != 4:
         raise ValueError(f"shape must be [B, heads, N, Dh], not {list(shape)}")
     if backend != "auto" and backend not in BACKENDS:
@@ -298,6 +326,12 @@ def resolve_backend(
             raise BackendUnavailable(
                 f"attention backend {backend} cannot be used: {reason}; available: {', '.join(usable)}"
             )
+        if backend in _PACKAGES and 0 not in shape and (fault := _fault(backend, device, dtype, shape, gradient)):
+            others = [name for name in ("cudnn", "sdpa") if not _reason(name, device, dtype, *shape[-2:])]
+            raise BackendUnavailable(
+                f"attention backend {backend} is wrong or fails here ({fault}) on {list(shape)} {dtype}, "
+                f"{direction}, on {device}: choose auto, {' or '.join(others)}"
+            )
         return backend
     if 0 in shape:
         return "sdpa"
@@ -309,7 +343,6 @@ def resolve_backend(
         candidates = [name for name in BACKENDS if not reasons[name] and name not in unwanted]
         timings = _measure(candidates, device, dtype, shape, gradient)
         _choices[key] = min(timings, key=timings.__getitem__) if timings else "reference"
-        direction = "forward and backward" if gradient else "forward"
         listing = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(timings.items(), key=lambda item: item[1]))
         _log.info(
             "attention: %s for %s %s, %s, on %s (%s)", _choices[key], list(shape), dtype, direction, name, listing

@@ -193,6 +193,44 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_roun
     assert all("triton" in errors for errors in checked)
 
 
+def test_wrong_compiled_casts_end_nothing(bench, monkeypatch, fp8_rounding):
+    """With the forms that only a GPU compiles: every case has its row, and each compiled one is left out and said."""
+
+    def wrong(result):
+        if isinstance(result, tuple | list):
+            return type(result)(wrong(part) for part in result)
+        return 1.01 * result if isinstance(result, torch.Tensor) and result.dtype == torch.float32 else result
+
+    monkeypatch.setattr(bench, "small", False)
+    monkeypatch.setattr(fp8_casts, "check_fp8", lambda device: None)
+    monkeypatch.setattr(fp8_casts, "sizes", lambda bench: common.TINY)
+    monkeypatch.setattr(fp8_casts, "dtypes", lambda bench: [torch.bfloat16])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: wrong(function(*inputs)))
+    fp8_casts.run(bench)
+    cases = fp8_casts.cases(*(common.TINY[name] for name in ("width", "hidden", "tokens", "heads")))
+    assert [(row.case, row.variant) for row in bench.rows] == [(case.name, "reference") for case in cases]
+    left_out = [line for line in bench.skipped if ", reference compiled: WrongResult: " in line]
+    assert len(left_out) == len(cases)
+
+
+def test_the_casts_sums_are_judged_by_float64s():
+    """In float32 they would be their own truth, and another order of the same sum, though closer to it, wrong."""
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def closer(x):
+        *casts, total = fp8_casts.plain_both(x, True)
+        return *casts, x.double().sum(0).to(total.dtype)
+
+    calls = {"reference": lambda x: fp8_casts.plain_both(x, True), "reference compiled": closer}
+    assert check(calls, [x])["reference"] > 0
+    total = fp8_casts.plain_both(x.double(), True)[-1]
+    assert torch.equal(total, x.double().sum(0))
+    assert fp8_casts.plain_both(x, True)[-1].dtype == torch.float32
+    calls["reference compiled"] = lambda x: (*fp8_casts.plain_both(x, True)[:-1], 1.00001 * closer(x)[-1])
+    with pytest.raises(WrongResult, match="reference compiled: result 4"):
+        check(calls, [x])
+
+
 def test_one_wrong_number_in_fp8_is_seen(fp8_rounding):
     case = next(case for case in fp8_casts.cases(64, 128, 8, 4) if case.name == "columns")
     x = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))

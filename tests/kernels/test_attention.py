@@ -124,6 +124,34 @@ def test_one_token_attends_to_itself():
     assert max(dq.abs().max(), dk.abs().max()) <= bound
 
 
+def taken(backend, tensors, gradient):
+    try:
+        resolve_backend(backend, DEVICE, tensors[0].dtype, tuple(tensors[0].shape), gradient)
+    except BackendUnavailable as error:
+        if backend not in ("fa4", "fa3", "fa2"):  # of what is ours or PyTorch's nothing may be wrong
+            raise AssertionError(backend) from error
+        return False
+    return True
+
+
+def right_or_refused(backend, tensors, upstream, theirs, truth, no_worse):
+    """Asserts that a backend's results are right where ``resolve_backend`` takes it, and are not where it refuses it.
+
+    True: taken for training.
+    """
+    names = [f"{backend} {name}" for name in ("out", "dq", "dk", "dv")]
+    with torch.no_grad():
+        if taken(backend, tensors, False):
+            no_worse([attention(*tensors, backend=backend)], theirs[:1], truth[:1], names)
+    if taken(backend, tensors, True):
+        no_worse(run(functools.partial(attention, backend=backend), tensors, upstream), theirs, truth, names)
+        return True
+    with pytest.raises(Exception) as refused:  # a backend that fails raises anything
+        no_worse(run(module._RUN[backend], tensors, upstream), theirs, truth, names)
+    print(f"{backend} is refused for {list(tensors[0].shape)} {tensors[0].dtype}: {refused.value}")
+    return False
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 16, 256, 72), (2, 6, 64, 64), (3, 2, 100, 72), (2, 8, 64, 32)])
@@ -133,10 +161,10 @@ def test_every_available_backend_compiled_and_eager(shape, dtype, no_worse):
     for backend, reason in available_backends(DEVICE, dtype, shape).items():
         if reason:
             continue
-        function = functools.partial(attention, backend=backend)
-        no_worse(run(function, tensors, upstream), theirs, truth, [f"{backend} {n}" for n in ("out", "dq", "dk", "dv")])
+        if not right_or_refused(backend, tensors, upstream, theirs, truth, no_worse):
+            continue
         torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True)
+        compiled = torch.compile(functools.partial(attention, backend=backend), fullgraph=True)
         no_worse(run(compiled, tensors, upstream), theirs, truth)
 
 
@@ -167,6 +195,7 @@ def pretend_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(module, "_missing", lambda backend: "")
     monkeypatch.setattr(module, "_choices", {})
+    monkeypatch.setattr(module, "_faults", {})
 
 
 def test_auto_takes_the_fastest_once_for_each_shape_dtype_and_direction(pretend_cuda, monkeypatch, caplog):
@@ -203,6 +232,7 @@ def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, c
     def wrong(q, k, v):
         return 1.01 * module._sdpa(q, k, v)
 
+    monkeypatch.setattr(module, "_faults", {})
     monkeypatch.setattr(module, "_milliseconds", milliseconds)
     stand_ins = {
         "cudnn": module._sdpa,
@@ -218,6 +248,111 @@ def test_a_backend_that_fails_when_measured_is_left_out_and_named(monkeypatch, c
     assert "fa4 left out, it failed on [2, 3, 4, 8] torch.float32: no kernel image" in caplog.text
     assert "fa3 left out, it failed on [2, 3, 4, 8] torch.float32: off by 0.01" in caplog.text
     assert "fa2 left out, it failed on [2, 3, 4, 8] torch.float32: off by nan" in caplog.text
+
+
+def wrong_gradient(q, k, v):
+    """The formula, and twice the gradient of q."""
+    return module._sdpa(2 * q - q.detach(), k, v)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """``packages(fa4=function)``: stand-ins for other packages' backends, on this device; counts what they compute."""
+    calls = []
+    monkeypatch.setattr(module, "_faults", {})
+    if not CUDA:
+        monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    reason = module._reason
+    monkeypatch.setattr(module, "_reason", lambda name, *a: "" if name in ("fa4", "fa3", "fa2") else reason(name, *a))
+
+    def install(**functions):
+        for name, function in functions.items():
+            counted = lambda *a, name=name, function=function: (calls.append(name), function(*a))[1]  # noqa: E731
+            monkeypatch.setitem(module._RUN, name, counted)
+        return calls
+
+    return install
+
+
+def test_a_named_package_with_wrong_gradients_is_refused_for_training_and_taken_for_sampling(packages):
+    calls = packages(fa4=wrong_gradient, fa3=module._sdpa, fa2=lambda q, k, v: torch.nan * q)
+    shape = (2, 3, 16, 24)
+    others = "cudnn or sdpa" if CUDA else "sdpa"
+    dtype = torch.float16 if CUDA else torch.float32
+    allowed = "0.02" if CUDA else "0.001"
+    for batch in (2, 5, 5):
+        with pytest.raises(BackendUnavailable) as refused:
+            resolve_backend("fa4", DEVICE, dtype, (batch, *shape[1:]))
+        assert str(refused.value) == (
+            f"attention backend fa4 is wrong or fails here (off by 1, at most {allowed} is rounding) on "
+            f"[{batch}, 3, 16, 24] {dtype}, forward and backward, on {DEVICE}: choose auto, {others}"
+        )
+        assert resolve_backend("fa4", DEVICE, dtype, (batch, *shape[1:]), gradient=False) == "fa4"
+        assert resolve_backend("fa3", DEVICE, dtype, (batch, *shape[1:])) == "fa3"
+    assert calls == ["fa4", "fa4", "fa3"]  # once for each direction, whatever the batch
+    with pytest.raises(BackendUnavailable, match=r"fa2 is wrong or fails here \(off by nan, .*, forward, on "):
+        resolve_backend("fa2", DEVICE, dtype, shape, gradient=False)
+    assert resolve_backend("fa2", DEVICE, dtype, (0, *shape[1:])) == "fa2"  # nothing to be wrong about
+    tensors, upstream = draw(shape, dtype)
+    assert torch.equal(attention(*tensors, backend="fa4"), module._sdpa(*tensors))
+    with pytest.raises(BackendUnavailable, match="fa4 is wrong"):
+        run(functools.partial(attention, backend="fa4"), tensors, upstream)
+
+
+def test_a_named_package_that_fails_is_refused_and_lack_of_memory_is_not_its_fault(packages):
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("no kernel image")]
+
+    def fail(q, k, v):
+        raise errors.pop(0)
+
+    calls, call = packages(fa4=fail), ("fa4", DEVICE, torch.float32, (2, 3, 4, 8))
+    with pytest.raises(torch.OutOfMemoryError):
+        resolve_backend(*call)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailable, match=r"fails here \(RuntimeError: no kernel image\)"):
+            resolve_backend(*call)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_gradient_that_is_not_a_number_is_refused(packages, which):
+    def broken(*tensors):
+        tensors = list(tensors)
+        if tensors[which].requires_grad:
+            tensors[which] = tensors[which].view_as(tensors[which])
+            tensors[which].register_hook(lambda gradient: torch.nan * gradient)
+        return module._sdpa(*tensors)
+
+    packages(fa3=broken)
+    with pytest.raises(BackendUnavailable, match="off by nan"):
+        resolve_backend("fa3", DEVICE, torch.float32, (2, 3, 4, 8))
+    assert resolve_backend("fa3", DEVICE, torch.float32, (2, 3, 4, 8), gradient=False) == "fa3"
+
+
+def test_the_check_leaves_the_random_numbers_alone(packages):
+    packages(fa4=module._sdpa)
+    torch.manual_seed(0)
+    expected = torch.rand(3, device=DEVICE)
+    torch.manual_seed(0)
+    resolve_backend("fa4", DEVICE, torch.float32, (2, 3, 4, 8))
+    assert torch.equal(torch.rand(3, device=DEVICE), expected)
+
+
+def test_a_backend_that_is_wrong_and_taken_or_right_and_refused_is_seen(packages, monkeypatch, no_worse):
+    """By the check of every available backend on a GPU."""
+    packages(fa4=wrong_gradient, fa3=module._sdpa)
+    tensors, upstream = draw((2, 3, 16, 24))
+    facts = exact(tensors, upstream), run(module._sdpa, tensors, upstream)
+    check = functools.partial(right_or_refused, tensors=tensors, upstream=upstream, no_worse=no_worse)
+    check = functools.partial(check, truth=facts[0], theirs=facts[1])
+    assert check("fa3")
+    assert not check("fa4")
+    monkeypatch.setattr(module, "_fault", lambda *_: "")
+    with pytest.raises(AssertionError, match="fa4 dq"):
+        check("fa4")
+    monkeypatch.setattr(module, "_fault", lambda *_: "off")
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        check("fa3")
 
 
 @pytest.mark.gpu

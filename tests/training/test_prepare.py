@@ -1,17 +1,28 @@
 """What is decided before the first step: precision, attention backend, what is recomputed."""
 
+from contextlib import nullcontext
+
 import fastasync_kernels
 import pytest
 import torch
-from fastasync_kernels import gated_mlp, weight_gradient
+from fastasync_kernels import attention, gated_mlp, weight_gradient
 from safetensors.torch import load_file
 
 from fastasync.config import differences
 from fastasync.errors import UserError
 from fastasync.model import LightningDiT, Zero, memory_estimate, parameter_count
 from fastasync.model.linears import BlockLinear
+from fastasync.probe.network import Trainer, build_probe, surface_step
 from fastasync.training import PlainEngine, build_model
-from fastasync.training.build import USABLE, check_training, choose_autocast, choose_memory, prepare_model, use_fp8
+from fastasync.training.build import (
+    USABLE,
+    check_training,
+    choose_autocast,
+    choose_memory,
+    prepare_model,
+    prepare_sampling,
+    use_fp8,
+)
 from tests.kernels import quack_kit
 
 CPU = torch.device("cpu")
@@ -205,6 +216,25 @@ def test_a_named_mlp_on_a_gpu(tiny, monkeypatch):
     for right in (dict(kernels="reference", mlp_multiple=8), dict(kernels="triton")):  # with zeros to a multiple of 64
         with quack_kit.installed():
             check_training(tiny(train=dict(precision="bf16"), model=dict(mlp="quack") | right), cuda)
+
+
+def test_a_named_attention_with_wrong_gradients_trains_nothing_and_samples(tiny, monkeypatch):
+    """fa4 by a stand-in that runs here and doubles q's gradient."""
+    monkeypatch.setattr(attention, "_faults", {})
+    monkeypatch.setattr(attention, "_reason", lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setitem(attention._RUN, "fa4", lambda q, k, v: attention._sdpa(2 * q - q.detach(), k, v))
+    config = tiny(model=dict(attention="fa4"))
+    for train in (
+        lambda: check_training(config, CPU),
+        lambda: prepare_model(build_model(config), config, CPU, 8),
+        lambda: surface_step(probe := build_probe(config, CPU), Trainer(probe, 0.1, 2), config, CPU),
+    ):
+        with pytest.raises(UserError, match=r"model.attention: fa4: .* \(off by 1, .* choose auto, cudnn or sdpa"):
+            train()
+    model = build_model(config)
+    prepare_sampling(model, 8, "fp32", CPU)
+    assert model.chosen_attention == "fa4"
 
 
 def test_a_step_by_quacks_stand_in(tmp_path, tiny, run, monkeypatch, caplog):
