@@ -69,6 +69,8 @@ def _efficiency_report(ledger: Ledger) -> Report:
             for seed, goal in ledger.by_seed(Spec(rival, 0), budget, sampler).items():
                 curve = [(step, ledger.figure(Spec("C", seed), step, sampler)) for step in steps]
                 known = [(step, value) for step, value in curve if value is not None]
+                if len(known) < 2 or known[0][1] <= goal:  # it says nothing of when the goal is reached
+                    continue
                 reached = steps_to_reach([step for step, _ in known], [value for _, value in known], goal)
                 saved.append(None if reached is None else budget / reached)
             if not saved:
@@ -77,7 +79,9 @@ def _efficiency_report(ledger: Ledger) -> Report:
             speedup = str(summary(reached_by)) if reached_by else "never"
             rows.append({"goal": f"{rival} at {budget} steps", "reached by": f"{len(reached_by)} of {len(saved)} seeds",
                          "times fewer steps": speedup})  # fmt: skip
-            sentences.append(f"C reaches what {rival} has after {budget} steps with {speedup} times fewer steps.")
+            what = f"what {rival} has after {budget} steps"
+            often = f"C reaches {what} with {speedup} times fewer steps."
+            sentences.append(often if reached_by else f"C does not reach {what}.")
         final = series[rival][study.steps]
         if final:
             goals[f"{rival} at {study.steps} steps"] = summary(final).mean

@@ -24,7 +24,7 @@ from fastasync.errors import UserError
 from fastasync.optim import EmaInterface, FusedAdamW
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
-LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S gains 40 % at batch 256, B (3.8e13) nothing
+LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
 _log = logging.getLogger(__name__)
 
