@@ -20,4 +20,5 @@ SUBJECTS = (
     "fp8_casts",
     "data",
     "encode",
+    "repa",
 )
