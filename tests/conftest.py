@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several threads in several processes wait
 import numpy
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` leaves it: tests interrupt
@@ -109,3 +110,19 @@ def fp8_rounding(monkeypatch):
         return torch.from_numpy(values.astype("float32")).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", exact)
+
+
+@pytest.fixture
+def noise_images():
+    """Writes twelve images of noise, of two classes, below a folder."""
+
+    def write(root, shape=(40, 36), extension="png"):
+        generator = numpy.random.default_rng(0)
+        for number in range(12):
+            folder = root / f"class {number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (*shape, 3), dtype=numpy.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.{extension}")
+        return root
+
+    return write

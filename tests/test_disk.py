@@ -13,10 +13,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastasync import stages
 from fastasync.cli import main
@@ -55,14 +53,8 @@ def place():
 
 
 @pytest.fixture
-def images(place):
-    """Twelve images of two classes."""
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        folder = place / "images" / f"class {number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return place / "images"
+def images(place, noise_images):
+    return noise_images(place / "images")
 
 
 @pytest.fixture

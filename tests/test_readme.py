@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from fastasync.cli import main, parser
 from fastasync.run import existing_config
@@ -38,15 +37,11 @@ def test_third_representation_in_one_file(tmp_path):
     assert (out / "report.html").is_file()
 
 
-def test_third_representation_of_images(tmp_path, monkeypatch):
+def test_third_representation_of_images(tmp_path, monkeypatch, noise_images):
     """The same file on JPEGs: encode, train, sample; small encoders in the place of the pretrained ones."""
     monkeypatch.chdir(tmp_path)
     Path("edges.py").write_text(re.search(r"```python\n(# edges\.py\n.*?)```", README, re.DOTALL).group(1))
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        folder = Path("IMAGES") / f"class {number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    noise_images(Path("IMAGES"), extension="jpg")
     encode, train = re.search(
         r"fastasync (encode IMAGES --out LATENTS3 .*?) \.\.\.\ndeepspeed train\.py (.*?)```", README, re.DOTALL
     ).groups()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.harness import Bench, Summary, WrongResult, paired_overhead, summarize
 from bench.workload import configuration, learned_schedule, make_work
+from fastasync.config import Config
 from fastasync.data import LatentSet, batch_indices
 from fastasync.data.shard_loader import ShardLatents
 from fastasync.data.shards import Encoding, begin, finish, write_shard
@@ -183,6 +184,15 @@ def jpegs(bench: Bench, folder: Path) -> None:
         bench.add("data", "JPEG to 256", name, shape, "uint8", found, images=batch, note=notes[name])
 
 
+def encoding_of(config: Config, count: int, shard_size: int, images: str = "-") -> Encoding:
+    """Of shards that a configuration trains on, with REPA's features; ``images``: the fingerprint of their images."""
+    reps, model = config.representations, config.model
+    classes, features = tuple(map(str, range(model.classes))), ((reps.grid // model.patch) ** 2, model.repa_width)
+    shape, made_by = (3, 16 * reps.grid, 16 * reps.grid), ("-",) * len(reps.names)
+    kinds = (reps.grid, reps.names, reps.channels, made_by, False, "float32", shard_size, "-", features)
+    return Encoding(images, count, 0, classes, shape, *kinds)
+
+
 class FromShards(Sequence[tuple[Tensor, Tensor, Tensor | None]]):
     """The batches of a training run, as its loop gets them from shards."""
 
@@ -208,11 +218,7 @@ def training(bench: Bench, folder: Path) -> None:
     in memory: what it waits for."""
     size, batch, count, shard = ("tiny", 8, 64, 16) if bench.small else ("XL", 256, 4096, 256)
     config = configuration(size, batch, "ours eager" if bench.small else "ours regional")
-    reps, model = config.representations, config.model
-    classes, tokens = tuple(map(str, range(model.classes))), (reps.grid // model.patch) ** 2
-    shape, made_by = (3, 16 * reps.grid, 16 * reps.grid), ("-",) * len(reps.names)
-    kinds = (reps.grid, reps.names, reps.channels, made_by, False, "float32", shard, "-", (tokens, model.repa_width))
-    write_shards(folder, Encoding("-", count, 0, classes, shape, *kinds))
+    write_shards(folder, encoding_of(config, count, shard))
     with ShardLatents(folder, bench.device, features=True) as files:
         read = FromShards(files, batch)
         memory = make_work(config, bench.device, [read[number] for number in range(4)])

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.harness import Bench, paired_overhead, summarize
-from bench.subjects.data import FromShards, write_jpegs, write_shards
-from bench.workload import Work, configuration, learned_schedule, make_work
-from fastasync.config import Config, config_from_dict
+from bench.harness import Bench, WrongResult, paired_overhead, summarize
+from bench.subjects.data import FromShards, encoding_of, write_jpegs, write_shards
+from bench.workload import configuration, learned_schedule, make_work
+from fastasync.config import config_from_dict
 from fastasync.data.shard_loader import ShardLatents
-from fastasync.data.shards import Encoding
 from fastasync.errors import UserError
 from fastasync.images import ImageSource
 from fastasync.representations.vit import DINOV2_B
@@ -70,24 +70,30 @@ def steps(bench: Bench, folder: Path, source: ImageSource, width: int) -> None:
     given["data"] = {"dataset": "latents", "root": str(folder / "latents"), "images": str(folder / "set")}
     online = config_from_dict(given, configuration(size, batch, "ours eager" if bench.small else "ours regional"))
     off = config_from_dict({"model": {"repa_width": 0}, "objective": {"repa_weight": 0.0}}, online)
-    write_shards(folder / "latents", encoding_of(online, source, width))
-    with ShardLatents(folder / "latents", bench.device, features=True) as files:
-        features = OnlineFeatures(online, files)
-        cached = FromShards(files, batch)
-        made = Online(files, batch, features)
-        with features.reading(lambda number: (made.order(number), None), 0, STEPS):
-            works: dict[str, Work] = {}
-            for name, config, data in (("off", off, Without(files, batch)), ("cached", online, cached)):
-                works[name] = make_work(config, bench.device, data, list(works.values())[1:])
-            works["online"] = make_work(online, bench.device, made, [works["cached"]])
-            schedule = learned_schedule(online)
-            calls = {name: lambda work=work: work.step(schedule) for name, work in works.items()}
-            for call in calls.values():
-                for _ in range(5):  # compiles, tunes
-                    call()
-            waited = features.waited
-            times = bench.interleaved(calls, rounds=min(bench.rounds, 8), inner=2 if bench.small else 10)
-            waited = features.waited - waited
+    count = len(source)
+    write_shards(folder / "latents", encoding_of(online, count, min(256, count), source.fingerprint))
+    with ExitStack() as stack:
+
+        def shards(features: bool) -> ShardLatents:  # each has a reader of its own, which reads ahead for it alone
+            return stack.enter_context(ShardLatents(folder / "latents", bench.device, features=features))
+
+        files = {"off": shards(False), "cached": shards(True), "online": shards(False)}
+        features = OnlineFeatures(online, files["online"])
+        made = Online(files["online"], batch, features)
+        stack.enter_context(features.reading(lambda number: (made.order(number), None), 0, STEPS))
+        works = {"off": make_work(off, bench.device, Without(files["off"], batch))}
+        works["cached"] = make_work(online, bench.device, FromShards(files["cached"], batch))
+        works["online"] = make_work(online, bench.device, made, [works["cached"]])
+        schedule = learned_schedule(online)
+        calls = {name: lambda work=work: work.step(schedule) for name, work in works.items()}
+        for call in calls.values():
+            for _ in range(5):  # compiles, tunes
+                call()
+        waited = features.waited
+        times = bench.interleaved(calls, rounds=min(bench.rounds, 8), inner=2 if bench.small else 10)
+        waited = features.waited - waited
+        if any(each.served_directly for each in files.values()):
+            raise WrongResult("repa: a batch was not read ahead")
     for name, values in times.items():
         note = ""
         if name != "off":
@@ -96,12 +102,3 @@ def steps(bench: Bench, folder: Path, source: ImageSource, width: int) -> None:
         if name == "online":
             note += f"; waited {waited / (sum(values) / 1e3):.2%} of its time for images"
         bench.add("repa", f"step {size}", name, f"batch {batch}", "bf16", summarize(values), images=batch, note=note)
-
-
-def encoding_of(config: Config, source: ImageSource, width: int) -> Encoding:
-    """Of shards as `fastasync encode` would make them of these images, with features."""
-    reps = config.representations
-    classes, tokens = tuple(map(str, range(config.model.classes))), (reps.grid // config.model.patch) ** 2
-    shard, made_by, shape = min(256, len(source)), ("-",) * len(reps.names), (3, 16 * reps.grid, 16 * reps.grid)
-    kinds = (shape, reps.grid, reps.names, reps.channels, made_by, False, "float32", shard, "-", (tokens, width))
-    return Encoding(source.fingerprint, len(source), source.left_out, classes, *kinds)

@@ -345,7 +345,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
             "noise": found.noise,
             "label": found.label,
             "method": method,
-            "steps_of_sampler": config.probe.sampling_steps,
+            "steps_of_sampler": probe.sampling_steps,
         }
     diagnostics["chosen"] = describe(schedule, surface, job.density, job.lam, job.beta)
     if oracle and len(reps.names) in _ORACLE_CELLS:

@@ -37,6 +37,12 @@ def batch(model: LightningDiT, size: int = 3) -> tuple[torch.Tensor, torch.Tenso
     return x, tau, torch.randint(model.classes + 1, (size,), generator=generator)
 
 
+def compile_parts(model: LightningDiT, what: str) -> None:
+    """The whole ``model``, its ``blocks``, or nothing; a graph break raises."""
+    for part in {"model": [model], "blocks": model.blocks}.get(what, []):
+        part.compile(backend="aot_eager", fullgraph=True)
+
+
 @pytest.fixture(name="build")
 def build_fixture() -> Callable[..., LightningDiT]:
     return build
@@ -45,3 +51,8 @@ def build_fixture() -> Callable[..., LightningDiT]:
 @pytest.fixture(name="batch")
 def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return batch
+
+
+@pytest.fixture(name="compile_parts")
+def compile_parts_fixture() -> Callable[[LightningDiT, str], None]:
+    return compile_parts

@@ -80,7 +80,7 @@ def test_equals_the_reference(pair, batch, count, changes):
 
 
 @pytest.mark.parametrize("what", ["model", "blocks"])
-def test_compiles_without_a_graph_break(pair, batch, what):
+def test_compiles_without_a_graph_break(pair, batch, compile_parts, what):
     """``fullgraph`` raises at a graph break, in the forward pass and in what autograd traces."""
     reference, triton = pair()
     inputs = batch(reference)
@@ -93,20 +93,12 @@ def test_compiles_without_a_graph_break(pair, batch, what):
     assert counters["stats"]["unique_graphs"] == (1 if what == "model" else 2)  # blocks: without and with a branch
 
 
-def compile_parts(model, what):
-    """The whole ``model``, its ``blocks``, or nothing."""
-    if what == "model":
-        model.compile(backend="aot_eager", fullgraph=True)
-    for block in model.blocks if what == "blocks" else ():
-        block.compile(backend="aot_eager", fullgraph=True)
-
-
 @pytest.mark.parametrize(
     ("what", "kernels", "compiled"),
     [("selective", "triton", "blocks"), ("full", "triton", ""), ("selective", "reference", "")]
     + [("full", "reference", "blocks"), ("selective", "triton", "model"), ("full", "triton", "model")],
 )
-def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled):
+def test_recomputation_changes_no_gradient(build, batch, compile_parts, what, kernels, compiled):
     model = build(2, repa_width=12, kernels=kernels, grid=2, depth=2).to(DEVICE)
     inputs = batch(model)
     expected = outputs(model, model, inputs)
@@ -117,7 +109,7 @@ def test_recomputation_changes_no_gradient(build, batch, what, kernels, compiled
 
 
 @pytest.fixture
-def fp8(build, batch, monkeypatch):
+def fp8(build, batch, compile_parts, monkeypatch):
     """Results of two blocks whose linears are in fp8; on request with all casts in two passes, without hints."""
 
     def run(hints=True, compiled="", recompute="none"):

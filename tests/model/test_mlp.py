@@ -75,16 +75,13 @@ def test_the_network_as_in_float64(quack, model, batch):
 
 @pytest.mark.parametrize("what", ["model", "blocks"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_and_recomputed_without_a_graph_break(quack, model, batch, what, recompute):
+def test_compiled_and_recomputed_without_a_graph_break(quack, model, batch, compile_parts, what, recompute):
     """``fullgraph`` raises at a graph break, in the forward pass and in what autograd traces."""
     inputs = batch(model)
     expected = outputs(model, model, inputs)
     compiled = copy.deepcopy(model)
     compiled.set_recompute(recompute)
-    if what == "model":
-        compiled.compile(backend="aot_eager", fullgraph=True)
-    for block in compiled.blocks if what == "blocks" else ():
-        block.compile(backend="aot_eager", fullgraph=True)
+    compile_parts(compiled, what)
     torch._dynamo.utils.counters.clear()
     found = outputs(compiled, compiled, inputs)
     assert all(torch.equal(found[name], value) for name, value in expected.items())

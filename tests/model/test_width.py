@@ -80,17 +80,14 @@ def test_no_worse_than_twice_the_reference(build, batch):
 
 @pytest.mark.parametrize("what", ["model", "blocks"])
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_compiled_without_a_graph_break(build, batch, what, recompute):
+def test_compiled_without_a_graph_break(build, batch, compile_parts, what, recompute):
     model = make(build)
     model.choose_width()
     inputs = batch(model)
     expected = outputs(model, inputs)
     compiled = copy.deepcopy(model)
     compiled.set_recompute(recompute)
-    if what == "model":
-        compiled.compile(backend="aot_eager", fullgraph=True)
-    for block in compiled.blocks if what == "blocks" else ():
-        block.compile(backend="aot_eager", fullgraph=True)
+    compile_parts(compiled, what)
     torch._dynamo.utils.counters.clear()
     found = outputs(compiled, inputs)
     for name, value in expected.items():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from probe_cases import NAMES, PAIR, ROLES, TEXTURE_HEAVY, THREE, TRIPLE, WIDE
 
 from fastasync.densities import LogitNormal, Uniform
 from fastasync.probe.diagnostics import curl, curl_report
@@ -11,6 +10,7 @@ from fastasync.probe.surface import line_loss
 from fastasync.sampling.integrators import uniform_grid
 from fastasync.schedule import ConvexSchedule, OffsetSchedule, TableSchedule, kinetic_energy, synchronous
 from fastasync.schedule.base import Schedule, SchedulePoint
+from tests.probe.probe_cases import NAMES, PAIR, ROLES, TEXTURE_HEAVY, THREE, TRIPLE, WIDE
 
 
 def printed(value: float) -> float:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from probe_cases import NAMES, PAIR, ROLES, THREE_CLOSE, THREE_NAMES, THREE_ROLES, WIDE
 
 from fastasync.errors import UserError
 from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
@@ -23,6 +22,7 @@ from fastasync.probe.generation import (
 from fastasync.sampling.generate import initial_noise
 from fastasync.sampling.integrators import integrate, uniform_grid
 from fastasync.schedule import ConvexSchedule, OffsetSchedule, check_monotone, offset, power, synchronous
+from tests.probe.probe_cases import NAMES, PAIR, ROLES, THREE_CLOSE, THREE_NAMES, THREE_ROLES, WIDE
 
 
 def statistics(cov):

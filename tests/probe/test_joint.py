@@ -3,13 +3,23 @@
 import pytest
 import torch
 from fastasync_kernels import reference
-from probe_cases import NAMES, PAIR, ROLES, TEXTURE_HEAVY, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLatents
 
 from fastasync.densities import LogitNormal, Uniform
 from fastasync.probe.joint import ScheduleLearner, draw_for_schedule, implicit_times, schedule_losses
 from fastasync.probe.oracle import best_path
 from fastasync.probe.surface import line_loss, starting_points
 from fastasync.schedule import ConvexSchedule
+from tests.probe.probe_cases import (
+    NAMES,
+    PAIR,
+    ROLES,
+    TEXTURE_HEAVY,
+    THREE,
+    THREE_NAMES,
+    THREE_ROLES,
+    WIDE,
+    GaussianLatents,
+)
 
 
 def random_schedule(names, roles, seed=0):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from probe_cases import ROLES, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLatents, tiny_config
 
 from fastasync.config import Probe, apply_settings, config_from_dict
 from fastasync.errors import UserError
@@ -20,6 +19,7 @@ from fastasync.probe.generation import Scorer
 from fastasync.probe.learn import ProbeResult, chosen_beta, learn_schedule, probe_loss_weights, probe_plan
 from fastasync.probe.network import build_probe
 from fastasync.schedule import ConvexSchedule, check_monotone
+from tests.probe.probe_cases import ROLES, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLatents, tiny_config
 
 LATENTS = GaussianLatents(WIDE, 512, grid=2).as_set()
 SCORER = Scorer.of(lambda z: z.flatten(1)[:, :6], LATENTS, flops=100.0)

@@ -2,17 +2,6 @@
 
 import pytest
 import torch
-from probe_cases import (
-    NAMES,
-    PAIR,
-    ROLES,
-    TEXTURE_HEAVY,
-    THREE,
-    THREE_NAMES,
-    THREE_ROLES,
-    WIDE,
-    sampled_errors,
-)
 
 from fastasync.densities import LogitNormal, Uniform
 from fastasync.probe.diagnostics import describe
@@ -29,6 +18,17 @@ from fastasync.probe.surface import (
     sweep,
 )
 from fastasync.schedule import ConvexSchedule, OffsetSchedule, check_monotone, kinetic_energy, synchronous
+from tests.probe.probe_cases import (
+    NAMES,
+    PAIR,
+    ROLES,
+    TEXTURE_HEAVY,
+    THREE,
+    THREE_NAMES,
+    THREE_ROLES,
+    WIDE,
+    sampled_errors,
+)
 
 STARTS = starting_points(NAMES, ROLES)
 

@@ -2,9 +2,7 @@
 
 import subprocess
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from fastasync.cli import main
 from fastasync.training import checkpoint
@@ -37,16 +35,11 @@ sys.exit(cli.main())
 
 
 @pytest.fixture
-def latents(tmp_path):
+def latents(tmp_path, noise_images):
     """Two shards; a bit of the second one's numbers is wrong."""
-    generator = np.random.default_rng(0)
-    for number in range(12):
-        folder = tmp_path / "images" / f"class {number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    out = tmp_path / "latents"
+    images, out = noise_images(tmp_path / "images", (32, 32)), tmp_path / "latents"
     options = ["--representations", "texture,lowfreq", "--size", "32", "--grid", "8", "--backend", "pil", "--device"]
-    assert main(["encode", str(tmp_path / "images"), "--out", str(out), *options, "cpu", "--shard-size", "6"]) == 0
+    assert main(["encode", str(images), "--out", str(out), *options, "cpu", "--shard-size", "6"]) == 0
     shard = out / "shard-00001.safetensors"
     data = bytearray(shard.read_bytes())
     data[-20] ^= 4
