@@ -92,7 +92,7 @@ class Bench:
         reps = self.config.representations
         self.device, self.density = workshop.device, DENSITIES[self.config.objective.density]
         self.schedules = {name: named_schedule(name, reps.names, reps.roles) for name in workshop.study.fixed}
-        self.family = list(candidate_family(reps.names, reps.roles, {}).values())
+        self.family = list(candidate_family(reps.names, reps.roles).values())
         self.inputs = workshop.inputs("pair")
         self.scorer = self.inputs.scorer()
         self.inception, reference = workshop.scoring("pair")

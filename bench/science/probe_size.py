@@ -8,7 +8,7 @@ from typing import Any
 from bench.science import plots
 from bench.science.compare import fids
 from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
-from bench.science.rules import rank_agreement, rank_jobs, scan_jobs
+from bench.science.rules import EARLIER, rank_agreement, rank_jobs, scan_jobs
 from bench.science.runner import Workshop
 from bench.science.specs import Spec
 from bench.science.statistics import paired, summary
@@ -17,7 +17,7 @@ _SHAPE = "main shape"  # the variant with the main network's shape: the one whos
 
 
 def _variants(ledger: Ledger) -> tuple[str, ...]:
-    return tuple(name for name in ledger.study.probes if not name.startswith("for "))
+    return tuple(name for name in ledger.study.probes if not name.startswith("for ") and name not in EARLIER)
 
 
 def warm(seed: int) -> Spec:

@@ -20,7 +20,7 @@ from fastasync.probe.surface import path_gap
 from fastasync.schedule import kinetic_energy, load_schedule, named_schedule
 
 EARLIER = ("independent", "by distance alone")  # variants: C as it was until 2026-11-26, and until that day's evening
-OWN = "for 25 steps"  # C scored by as many steps as the sampler's finest grid has: tried, and not better
+OWN = "for 25 steps"  # C scored by as many steps as the sampler's finest grid has: tried on seeds 3 to 8, not better
 
 
 def scan_jobs(ledger: Ledger) -> list[Job]:
@@ -37,10 +37,8 @@ def rank_jobs(ledger: Ledger, variants: tuple[str, ...] = ("base",)) -> list[Job
 def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
     points = ((ledger.study.steps, ledger.study.headline),)
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *ledger.study.rules])
-    headline = [Spec(name, seed) for seed in ledger.seeds for name in schedules]
-    if OWN in ledger.study.probes:
-        headline += [Spec("C", seed, probe=OWN) for seed in ledger.seeds]
-    return [*rank_jobs(ledger), *scan_jobs(ledger), *(TrainJob(spec, points) for spec in headline)]
+    headline = [TrainJob(Spec(name, seed), points) for seed in ledger.seeds for name in schedules]
+    return [*rank_jobs(ledger), *scan_jobs(ledger), *headline]
 
 
 def _scan(ledger: Ledger) -> Section:

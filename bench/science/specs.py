@@ -240,9 +240,9 @@ STUDIES = {
             # C as it was: with independent times, and along the paths but by the distance alone (PROTOCOL.md, changes)
             "independent": ("probe.times=independent", "probe.energy=0"),
             "by distance alone": ("probe.energy=0",),
-            "half the budget": ("probe.budget=0.05",),
-            "quarter of the budget": ("probe.budget=0.025",),
             "a tenth of the budget": ("probe.budget=0.01",),
+            "quarter of the budget": ("probe.budget=0.025",),
+            "half the budget": ("probe.budget=0.05",),
             "small": ("probe.depth=2", "probe.width=64", "probe.heads=2"),
             "wide": ("probe.depth=4", "probe.width=256", "probe.heads=8"),
             "main shape": ("probe.depth=8", "probe.width=256", "probe.heads=8", "probe.budget=0.1"),

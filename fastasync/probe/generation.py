@@ -6,13 +6,17 @@ counts discretisation and model error and needs no lam and no beta.  The candida
 ``log distance + energy x KE`` wins (KE: kinetic energy, 1 for the synchronous schedule): of schedules that the probe
 can hardly tell apart, the gentlest.  A probe is far from trained when it judges, and prefers longer leads than longer
 training rewards (bench/NOTES.md, 2026-11-26).
+
+What leads is the clock of every candidate: straight, so that only what lags is bent.  A path can be run through at any
+speed, and with a leader that runs ahead of its own clock the probe liked what trained networks did not reward.  B's
+schedules bend both, and are no candidates of C.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -90,13 +94,12 @@ def _coordinate(exponent: float) -> float:
 def power_family(
     names: Sequence[str], roles: Sequence[str], strengths: Sequence[float], floor: float
 ) -> list[Schedule]:
-    """Power schedules: each role has its own direction, ``free`` may lie on either side or stay straight.
-
-    For each strength: what lags goes as ``s^(1 + strength)``, with what leads straight or as the mirror image.
+    """Power schedules: what lags goes as ``s^(1 + strength)``, what leads is straight, ``free`` may do either, or the
+    mirror image of what lags.
     """
     family: list[Schedule] = []
     for strength in strengths:
-        options = {"lags": (strength,), "leads": (0.0, -strength), "free": (strength, 0.0, -strength)}
+        options = {"lags": (strength,), "leads": (0.0,), "free": (strength, 0.0, -strength)}
         for coordinates in itertools.product(*(options[role] for role in roles)):
             # all in one direction is a change of speed, not of path
             if len(set(coordinates)) > 1:
@@ -104,15 +107,10 @@ def power_family(
     return family
 
 
-def candidate_family(
-    names: Sequence[str], roles: Sequence[str], learned: Mapping[str, Schedule]
-) -> dict[str, Schedule]:
+def candidate_family(names: Sequence[str], roles: Sequence[str]) -> dict[str, Schedule]:
     """The candidates, most informative first (a small budget drops the last): synchronous always, then one of each
-    kind (the first of B's ``learned`` ones, an offset, power curves), then the rest of each, B's first."""
+    kind (an offset, power curves), then the rest.  Of one representation: synchronous alone."""
     family: dict[str, Schedule] = {"synchronous": synchronous(names)}
-    first = next(iter(learned), None)
-    if first is not None:
-        family[first] = learned[first]
 
     def add_power(strengths: Sequence[float], floor: float) -> None:
         for schedule in power_family(names, roles, strengths, floor):
@@ -123,10 +121,9 @@ def candidate_family(
             family.update({f"offset {delta:g}": offset(names, delta, roles) for delta in deltas})
 
     if len(names) == 1:
-        return {**family, **learned}
+        return family
     add_offsets(0.3)
     add_power((2.0,), 0.1)
-    family |= learned
     add_offsets(0.6)
     add_power((1.0,), 0.1)
     add_offsets(0.15, 0.45, 0.8)
@@ -152,10 +149,12 @@ def neighbours(schedule: Schedule, roles: Sequence[str], step: float) -> list[Sc
     if isinstance(schedule, PowerSchedule):
         start = [_coordinate(p) for p in schedule.exponents]
         for k, role in enumerate(roles):
-            low, high = (0.0 if role == "lags" else -math.inf), (0.0 if role == "leads" else math.inf)
+            if role == "leads":
+                continue
+            low = 0.0 if role == "lags" else -math.inf
             for change in (-step, step):
                 moved = list(start)
-                moved[k] = min(max(start[k] + change * max(0.5, abs(start[k]) / 2), low), high)
+                moved[k] = max(start[k] + change * max(0.5, abs(start[k]) / 2), low)
                 near.append(PowerSchedule(names, [_signed(value) for value in moved], schedule.floor))
         for change in (-0.1 * step, 0.1 * step):
             floor = min(max(schedule.floor + change, 0.02), 0.9)

@@ -323,14 +323,14 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
     }
     candidates: list[dict[str, Any]] = []
     if probe.estimator == "C" and score is not None:
-        learned = {
-            f"B beta {row.beta:g}": row.minimum.schedule for row in sorted(rows, key=lambda row: row is not middle)
-        }
+        family = candidate_family(reps.names, reps.roles)
+        if len(reps.names) == 1:  # only its speed can be chosen, which is B's matter
+            family |= {f"B beta {row.beta:g}": row.minimum.schedule for row in rows}
         method = search_method(config)
         smaller = explained_batch("sample.batch", config.sample.batch, job.device, " (the same samples)")
         with budget.timed("sampling"), smaller:
             found = search(
-                candidate_family(reps.names, reps.roles, learned),
+                family,
                 reps.roles,
                 lambda schedule, indices: _generate(job, schedule, indices, method),
                 score,
@@ -405,11 +405,11 @@ def _trained(job: _Job) -> Errors:
 
 
 def _path_times(job: _Job) -> PathTimes | None:
-    """Times along C's candidates (those that need no surface), or None for independent ones."""
+    """Times along C's candidates, or None for independent ones."""
     probe, reps = job.config.probe, job.config.representations
     if probe.estimator != "C" or probe.times == "independent" or len(reps.names) == 1:
         return None
-    family = list(candidate_family(reps.names, reps.roles, {}).values())
+    family = list(candidate_family(reps.names, reps.roles).values())
     return PathTimes(family, job.density, probe.batch, probe.seed, INDEPENDENT)
 
 

@@ -21,7 +21,7 @@ from fastasync.probe.generation import (
 )
 from fastasync.sampling.generate import initial_noise
 from fastasync.sampling.integrators import integrate, uniform_grid
-from fastasync.schedule import ConvexSchedule, OffsetSchedule, check_monotone, offset, power, synchronous
+from fastasync.schedule import OffsetSchedule, PowerSchedule, check_monotone, offset, power, synchronous
 from tests.probe.probe_cases import NAMES, PAIR, ROLES, THREE_CLOSE, THREE_NAMES, THREE_ROLES, WIDE
 
 
@@ -60,15 +60,16 @@ def run_search(case, candidates, roles, steps, samples, budget=None, energy=0.0)
 def test_c_picks_the_best_of_a_known_set(case):
     """Three Heun steps: far enough from convergence that the schedules differ; for PAIR an asynchronous one is best,
     for WIDE the synchronous one."""
-    family = candidate_family(NAMES, ROLES, {})
-    known = ["synchronous", "offset 0.3", "offset 0.6", "cascade", "power 2/1 floor 0.1", "power 3/-3 floor 0.3"]
-    candidates = {name: family[name] for name in known}
+    family = candidate_family(NAMES, ROLES)
+    known = ["synchronous", "offset 0.3", "offset 0.6", "cascade", "power 2/1 floor 0.1"]
+    # one more, that is no candidate of C: a leader ahead of its clock, whose steps are more even
+    candidates = {name: family[name] for name in known} | {"power 3/-3 floor 0.3": PowerSchedule(NAMES, [3, -3], 0.3)}
     truth = {name: true_distance(case, schedule, 3) for name, schedule in candidates.items()}
     best = min(truth, key=truth.get)
     assert best == ("power 3/-3 floor 0.3" if case is PAIR else "synchronous")
     found = run_search(case, candidates, ROLES, 3, 40_000)
-    rows = [row for row in found.rows if row["label"] in known]
-    assert len(rows) == len(known)
+    rows = [row for row in found.rows if row["label"] in candidates]
+    assert len(rows) == len(candidates)
     assert rows[0]["label"] == best
     # the refinement may move on from it, to something that is at least as good in truth
     assert true_distance(case, found.schedule, 3) <= truth[best]
@@ -78,16 +79,16 @@ def test_c_picks_the_best_of_a_known_set(case):
 
 
 def test_c_of_three():
-    """Each role has its own part in the family; here an asynchronous order is best by half."""
-    family = candidate_family(THREE_NAMES, THREE_ROLES, {"B": ConvexSchedule(THREE_NAMES, THREE_ROLES)})
+    """Each role has its own part in the family; here an asynchronous order is best by a fifth."""
+    family = candidate_family(THREE_NAMES, THREE_ROLES)
     found = run_search(THREE_CLOSE, family, THREE_ROLES, 3, 80_000)
     truth = {name: true_distance(THREE_CLOSE, schedule, 3) for name, schedule in family.items()}
-    assert min(truth.values()) < 0.55 * truth["synchronous"]
+    assert min(truth.values()) < 0.8 * truth["synchronous"]
     assert true_distance(THREE_CLOSE, found.schedule, 3) < 1.15 * min(truth.values())
 
 
 FOUR = {
-    name: candidate_family(NAMES, ROLES, {})[name]
+    name: candidate_family(NAMES, ROLES)[name]
     for name in ("synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade")
 }
 
@@ -150,7 +151,7 @@ def test_a_neighbour_must_be_better_than_its_noise(gain, moves):
 
 
 def test_search_is_deterministic_and_stays_within_its_allowance():
-    family = candidate_family(NAMES, ROLES, {})
+    family = candidate_family(NAMES, ROLES)
     results = []
     for _ in range(2):
         budget = Budget(1e9, "test")
@@ -163,23 +164,28 @@ def test_search_is_deterministic_and_stays_within_its_allowance():
 
 
 def test_a_small_allowance_drops_candidates_but_never_synchronous():
-    found = run_search(PAIR, candidate_family(NAMES, ROLES, {}), ROLES, 3, 2400)
+    found = run_search(PAIR, candidate_family(NAMES, ROLES), ROLES, 3, 2400)
     labels = {row["label"] for row in found.rows}
     assert "synchronous" in labels
-    assert len(labels) < len(candidate_family(NAMES, ROLES, {}))
+    assert len(labels) < len(candidate_family(NAMES, ROLES))
     with pytest.raises(UserError, match=r"probe\.budget"):
-        run_search(PAIR, candidate_family(NAMES, ROLES, {}), ROLES, 3, 100)
+        run_search(PAIR, candidate_family(NAMES, ROLES), ROLES, 3, 100)
 
 
 def test_the_smallest_allowance_compares_one_of_each_kind():
-    """B's schedules for three betas are alike: they must not crowd out the offset and the power curve."""
-    shape = ConvexSchedule(NAMES, ROLES).logits.shape
-    learned = {f"B beta {beta}": ConvexSchedule(NAMES, ROLES, torch.randn(shape)) for beta in (0.1, 1, 10)}
-    family = candidate_family(NAMES, ROLES, learned)
-    assert list(family)[:MIN_CANDIDATES] == ["synchronous", "B beta 0.1", "offset 0.3", "power 3/1 floor 0.1"]
-    assert learned.keys() < family.keys()
-    one = ConvexSchedule(["one"], ["free"])
-    assert list(candidate_family(one.names, one.roles, {"B": one})) == ["synchronous", "B"]
+    family = candidate_family(NAMES, ROLES)
+    assert list(family)[:3] == ["synchronous", "offset 0.3", "power 3/1 floor 0.1"]
+    assert MIN_CANDIDATES >= 3
+    assert list(candidate_family(["one"], ["free"])) == ["synchronous"]
+
+
+def test_what_leads_is_the_clock():
+    s = torch.linspace(0, 1, 33, dtype=torch.float64)
+    for names, roles in ((NAMES, ROLES), (THREE_NAMES, THREE_ROLES)):
+        curves = [each for each in candidate_family(names, roles).values() if each.kind == "power"]
+        assert curves
+        for curve in [*curves, *(near for each in curves for near in neighbours(each, roles, 1.0))]:
+            torch.testing.assert_close(curve(s)[0][:, roles.index("leads")], s, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3, 7, 22])
@@ -210,8 +216,7 @@ def test_plan_of_the_rounds(candidates, samples):
     ],
 )
 def test_family_and_neighbours_are_sound(names, roles):
-    learned = {"B": ConvexSchedule(names, roles)}
-    family = candidate_family(names, roles, learned)
+    family = candidate_family(names, roles)
     assert next(iter(family)) == "synchronous"
     assert len({schedule.fingerprint for schedule in family.values()}) == len(family)
     assert any("power" in name for name in family)
@@ -230,7 +235,7 @@ def test_neighbours_keep_their_role():
     for step in (1.0, 4.0):
         for near in neighbours(start, ROLES, step):
             assert near.exponents[0] >= 1
-            assert near.exponents[1] <= -1 or near.exponents[1] == 1
+            assert near.exponents[1] == 1
     lags = [round(near.offsets[0], 9) for near in neighbours(offset(NAMES, 0.3, ROLES), ROLES, 1.0)]
     assert set(lags) == {0.2, 0.4}
     assert not [near for near in neighbours(synchronous(NAMES), ROLES, 1.0) if not isinstance(near, OffsetSchedule)]
