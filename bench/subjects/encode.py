@@ -19,8 +19,6 @@ from torch import Tensor
 
 from bench.harness import Bench, Summary, summarize
 from bench.subjects.data import write_jpegs
-from fastasync.config import config_from_dict
-from fastasync.data.shard_loader import ShardLatents
 from fastasync.data.shards import Encoding, write_shard
 from fastasync.encode import encode
 from fastasync.errors import UserError
@@ -35,7 +33,6 @@ from fastasync.representations.semvae_file import save_semvae
 from fastasync.representations.train_semvae import SemVAETraining
 from fastasync.representations.vit import DINOV2_B, DinoSemantic, FrozenViT
 from fastasync.representations.weights import PRECISIONS, import_model_package
-from fastasync.training.repa import OnlineFeatures
 
 CALLS = 5  # of each stage that is timed by the call
 
@@ -65,8 +62,6 @@ def run(bench: Bench) -> None:
             networks(bench, bundle, images, precision, distance)
             if not bench.time_is_up(f"encode, whole in {precision}"):
                 whole(bench, bundle, source, Path(folder) / precision, batch, precision)
-        if (Path(folder) / PRECISIONS[-1]).exists() and not bench.time_is_up("encode, online REPA"):
-            online(bench, Path(folder), grid, min(batch, count // 4))
         for where in (folder, "/dev/shm"):
             if os.path.isdir(where) and not bench.time_is_up(f"encode, shards in {where}"):
                 with tempfile.TemporaryDirectory(dir=where) as out:
@@ -181,40 +176,6 @@ def whole(bench: Bench, bundle: Bundle, source: ImageSource, out: Path, batch: i
     note = f"both views; waited {waited:.2%} of {report.seconds:.1f} s for images, {wrote:.2%} for the disk"
     shape = f"[{batch}, 3, {bundle.image_shape[1]}, {bundle.image_shape[2]}]"
     bench.add("encode", "whole", "fastasync encode", shape, precision, once(ms), images=batch, note=note)
-
-
-def online(bench: Bench, folder: Path, grid: int, batch: int) -> None:
-    """REPA's features made in the training step, beside as much other work on the GPU as XL's step (0.4 s)."""
-    name = "test_vit" if bench.small else DINOV2_B
-    network = import_model_package("timm").create_model(name, num_classes=0)
-    torch.save(network.state_dict(), folder / "vit.pth")
-    root = folder / PRECISIONS[-1]
-    given = {"repa_source": "online", "repa_vit": name, "repa_vit_weights": str(folder / "vit.pth")}
-    sections: dict[str, Any] = {"objective": given, "representations": {"grid": grid}}
-    sections["data"] = {"dataset": "latents", "root": str(root), "images": str(folder / "set")}
-    features = OnlineFeatures(config_from_dict(sections), ShardLatents(root, bench.device))
-    side, products = (64, 1) if bench.small else (8192, 280)  # 0.4 s at 770 TFLOP/s
-    a = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
-    steps = 4 if bench.small else 12
-    every = torch.arange(batch * steps) % len(features._source)
-
-    def call(number: int) -> tuple[Tensor, None]:
-        return every[number * batch : (number + 1) * batch], None
-
-    with features.reading(call, 0, steps), torch.no_grad():
-        for step in range(steps):
-            if step == 1:
-                bench.synchronize()
-                start, waited = time.perf_counter(), features.waited
-            features(*call(step))
-            for _ in range(products):
-                a @ a
-            bench.synchronize()  # as a training step that is logged
-        spent = time.perf_counter() - start
-    share = (features.waited - waited) / spent
-    note = f"{products} products of {side}^3 in each step; waited {share:.2%} of {spent:.1f} s for images"
-    each = once(spent * 1e3 / (steps - 1))
-    bench.add("encode", "online REPA", "step", f"{batch} images", "bfloat16", each, images=batch, note=note)
 
 
 def shards(bench: Bench, out: Path, size: int, grid: int, count: int, memory: bool) -> None:

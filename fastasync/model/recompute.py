@@ -4,7 +4,7 @@
 |---|---|---|
 | ``none`` | 12 widths + 3 hidden widths (2 with the MLP by quack) | nothing |
 | ``selective`` | 7 widths + 2 hidden widths: the products, attention, its inputs | norms, RoPE, SwiGLU |
-| ``full`` | 2 widths: its inputs; counted as 4 (see ``kept_numbers``) | everything |
+| ``full`` | 2 widths: its inputs | everything |
 
 ``selective`` costs element-wise passes alone (a few per cent of a step), ``full`` a third of the step's FLOPs.
 """
@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 RECOMPUTE = ("none", "selective", "full")
@@ -30,19 +31,21 @@ def _policy(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPoli
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _nothing(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    """Keep nothing.  Without it a compiled block keeps what its partition finds dear (bench/NOTES.md, 2026-11-26)."""
+    return CheckpointPolicy.MUST_RECOMPUTE
+
+
 def recomputed(what: str, function: Callable[..., Any], *inputs: Any) -> Any:
     """``function(*inputs)``, keeping for the backward pass what ``what`` says.  Draws no random numbers."""
     options: dict[str, Any] = {}
-    if what == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    if what == "selective" or torch.compiler.is_compiling():
+        policy = _policy if what == "selective" else _nothing
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def kept_numbers(what: str, width: int, hidden: int, mlp: str = "plain") -> int:
-    """Numbers a token that one block keeps: the table above.
-
-    ``full`` counts twice the inputs: XL/1 at batch 256, compiled by region, takes 32.3 GiB on an H200 (`bench.run
-    memory`, 2026-11-25), of which the inputs alone explain 25.8.  What the rest is, is not known.
-    """
+    """Numbers a token that one block keeps: the table above."""
     kept = 2 if mlp == "quack" else 3
-    return {"none": 12 * width + kept * hidden, "selective": 7 * width + 2 * hidden, "full": 4 * width}[what]
+    return {"none": 12 * width + kept * hidden, "selective": 7 * width + 2 * hidden, "full": 2 * width}[what]

@@ -184,17 +184,17 @@ def test_frozen_and_compiled(quack, model, batch):
 
 
 def kept_bytes(model, inputs):
-    """Bytes that autograd keeps for the backward pass, each storage once."""
-    kept = {}
+    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", HALF):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(inputs[0].device.type, HALF):
         out = model(*inputs)
     del out
-    return sum(kept.values())
+    return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
 
 
 @pytest.mark.gpu
@@ -249,6 +249,25 @@ def test_it_keeps_one_hidden_width_less(quack, build, batch):
     plane = 16 * 64 * 88 * 2
     assert estimates["plain"] - estimates["quack"] == plane
     assert kept["plain"] - kept["quack"] >= plane
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mlp", ["plain", "quack"])
+def test_recomputed_whole_a_compiled_block_keeps_its_inputs_alone(build, batch, mlp):
+    """At XL's shapes, where Inductor's partition would keep products: an additional block adds x and y, 2 widths."""
+    if mlp == "quack" and (reason := gated_mlp.refusal("cuda", HALF, gated_mlp.Shape(4096, 1152, 3072, 1152))):
+        pytest.skip(f"quack {reason}")
+    kept = {}
+    for depth in (2, 4):
+        torch._dynamo.reset()
+        model = build(2, grid=16, depth=depth, width=1152, heads=16, kernels="triton", mlp=mlp).cuda()
+        model.choose_attention(16, HALF)
+        assert model.choose_mlp(16, HALF) == mlp
+        model.set_recompute("full")
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        kept[depth] = kept_bytes(model, [part.cuda() for part in batch(model, 16)])
+    assert (kept[4] - kept[2]) / 2 < 2.5 * 1152 * 16 * 256 * 2
 
 
 def living_bytes():
