@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.data.images import ImageSet
+from fastasync.data.sfd_folder import is_sfd_folder
 from fastasync.data.shards import (
     DTYPES,
     ENCODING,
@@ -399,6 +400,9 @@ def encode_command(arguments: argparse.Namespace) -> int:
     )
     local = _from_environment(None, 0, "LOCAL_RANK", "SLURM_LOCALID")
     device = checked_device(arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+    if arguments.repa_weights and not arguments.repa_vit:
+        remedy = "needs --repa-vit, the name of its network, such as vit_base_patch14_reg4_dinov2"
+        raise UserError("--repa-weights", arguments.repa_weights, remedy)
     bundle, features = _bundle(arguments), None
     if arguments.repa_vit:
         from fastasync.representations.vit import FrozenViT, TokenFeatures
@@ -468,6 +472,9 @@ def _from_environment(given: int | None, default: int, *names: str) -> int:
 
 def check_latents_command(arguments: argparse.Namespace) -> int:
     """Run ``check-latents``: print what is wrong; 0 when nothing is, else 1.  Raises UserError for a bad index."""
+    if is_sfd_folder(arguments.directory):
+        remedy = "is a folder of SFD or LightningDiT, which has no hashes to compare: training reads it as it is"
+        raise UserError("directory", arguments.directory, remedy)
     report = check_latents(arguments.directory)
     for problem in report.problems:
         print(problem)

@@ -55,7 +55,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise UserError(str(path), os.strerror(number), remedy) from None
         if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise UserError(str(path), os.strerror(number), "choose a folder that can be written to") from None
-        raise
+        where = getattr(error, "filename", None)
+        if number and isinstance(where, str | Path) and Path(where) in (partial, path, *path.parents):
+            raise UserError(str(path), os.strerror(number), "choose another place") from None
+        raise  # of something else that was read or written meanwhile
     finally:
         with suppress(NotADirectoryError):  # a file stands where the folder should be
             partial.unlink(missing_ok=True)

@@ -126,6 +126,19 @@ def test_folders_that_cannot_be_written(place, images, latents, capsys):
     assert list(locked.iterdir()) == []
 
 
+def test_folders_that_cannot_be_made(images, latents, place, capsys):
+    """Under /proc no folder can be: the system says so with a number that no list of ours would hold."""
+    assert main(train(latents, place / "run")) == 0
+    nowhere = Path("/proc/nope")
+    for command in (
+        train(latents, nowhere / "out"),
+        ["encode", images, "--out", nowhere / "out", *ENCODE],
+        ["check-images", images, "--list", nowhere / "bad.txt"],
+        ["convert", place / "run", nowhere / "a.pt"],
+    ):
+        refused(capsys, command, str(nowhere), "No such file or directory")
+
+
 def make_features(folder):
     from safetensors.torch import save_file
 
@@ -475,6 +488,8 @@ def test_a_published_folder(tmp_path, capsys):
     refused(capsys, [*published, "--set", "model.classes=2"], "label of image 2: 2: must be in 0..1")
     assert not out.exists()
     assert main(published) == 0
+    refused(capsys, ["check-latents", folder], str(folder), "has no hashes to compare")
+    refused(capsys, ["verify", folder], f"checkpoint: {folder}: holds none")
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

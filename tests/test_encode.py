@@ -434,6 +434,12 @@ SMALL = (
 )
 
 
+def test_weights_without_the_name_of_their_network(tree, tmp_path, command):
+    with pytest.raises(UserError, match=r"--repa-weights: vit.pth: needs --repa-vit"):
+        command("encode", tree, "--out", tmp_path / "out", *SMALL, "--repa-weights", "vit.pth")
+    assert not (tmp_path / "out").exists()
+
+
 def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, monkeypatch):
     out = tmp_path / "out"
     names = ("--representations", "texture,lowfreq", "--option", "lowfreq.size=4")

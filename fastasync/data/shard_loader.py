@@ -267,7 +267,10 @@ class ShardLatents(MappedLatents):
             check_encoder(directory, self.index.statistics, encoding.names, bundle)
         if features and not encoding.features:
             raise UserError(
-                str(directory), "holds no features", "encode with REPA features, or set objective.repa_weight to 0"
+                str(directory),
+                "holds no features",
+                "encode with --repa-vit, set objective.repa_source=online (with data.images and "
+                "objective.repa_vit_weights), or objective.repa_weight=0",
             )
         files = list(open_shards(directory, self.index))
         self.verification: Verification | None = None

@@ -188,7 +188,7 @@ def open_folder(root: str | Path) -> FolderSource:
     cannot be read, when there is no class, and when a class has no image.
     """
     root = Path(root)
-    above = frozenset([_identity(root)])
+    above = frozenset(_identity(folder) for folder in (root, *root.resolve().parents))
     classes = [entry for entry in _entries(root) if _is_folder(entry) and _identity(entry.path) not in above]
     if not classes:
         loose = any(entry.name.lower().endswith(EXTENSIONS) for entry in _entries(root))

@@ -238,7 +238,7 @@ def save(root: Path, state: RunState, engine: Writer, *, keep: int, milestone_ev
                 _remove(final)
             os.rename(part, final)
             _fsync(root)
-            _prune(root, keep, milestone_every)
+            _prune(root, state.step, keep, milestone_every)
 
     with _explained(root, part) if engine.is_main else nullcontext():
         for work in (begin, lambda: engine.save(part), complete):
@@ -309,8 +309,10 @@ def steps(root: Path) -> list[tuple[int, Path]]:
     return sorted((step, path) for path in root.iterdir() if (step := _step_of(path)) is not None)
 
 
-def _prune(root: Path, keep: int, milestone_every: int) -> None:
-    for step, path in steps(root)[:-keep]:
+def _prune(root: Path, saved: int, keep: int, milestone_every: int) -> None:
+    """Of the steps up to the one just ``saved``: later ones are damaged (it would have been resumed from one that is
+    not), and must not stand for a complete one."""
+    for step, path in [each for each in steps(root) if each[0] <= saved][:-keep]:
         if not milestone_every or step % milestone_every:
             _remove(path)
 
@@ -355,6 +357,8 @@ def verify(path: str | Path) -> int:
     if not path.is_dir():
         raise UserError("checkpoint", path, "no such folder")
     reason = fault(path)
+    if reason and _step_of(path) is None:
+        raise UserError("checkpoint", path, "holds none: give a run, its checkpoints, or one of them (step_...)")
     if reason:
         raise UserError("checkpoint", path, f"damaged: {reason}; use another one")
     step = _step_of(path)

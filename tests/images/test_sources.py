@@ -28,6 +28,14 @@ def test_folder(tree):
     assert source.ignored == ("b two/notes.txt", "b two/self")
 
 
+def test_a_link_above_the_root_leads_to_no_images_of_others(tree, crop_of, encoded):
+    before = open_source(tree).paths
+    (tree.parent / "other").mkdir()
+    (tree.parent / "other" / "not of the set.jpg").write_bytes(encoded(crop_of(31)))
+    (tree / "b two" / "above").symlink_to("../..")
+    assert open_source(tree).paths == before
+
+
 def test_the_order_is_torchvisions(tree):
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")

@@ -113,6 +113,21 @@ def test_a_hostfile_of_two_nodes(tmp_path, stand_ins, started):
     assert "nnodes=2, num_local_procs=1, node_rank=1" in said
 
 
+def test_the_probe_under_deepspeed(tmp_path, started):
+    """Two ranks on this machine: the first one learns the schedule, both end well."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path / "run"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", free_port()]
+    settings = [*SETTINGS, "schedule.name=learned", "train.steps=400", "probe.estimator=B", "probe.budget=1.0"]
+    settings += ["probe.depth=1", "probe.width=16", "probe.heads=1"]
+    probe = ["--module", "fastasync", "probe", "--preset=digits", f"--out={out}"]
+    with started([*launcher, *probe, *(f"--set={setting}" for setting in settings)]) as process:
+        said, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    assert json.loads((out / "schedule.json").read_text())["kind"] == "convex"
+    assert len(re.findall("exits successfully", said)) == 2
+
+
 def test_a_hostfile_without_ssh(tmp_path, started):
     """The same command started on every node by hand, with its number; the run that is there is done at once."""
     hosts, out, port = tmp_path / "hosts", tmp_path / "run", free_port()

@@ -102,6 +102,22 @@ def test_metrics_hold_each_step_once(tmp_path, tiny, run, latents, disturbed):
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_later_checkpoints_do_not_stand_for_complete_ones(tmp_path, tiny, run, latents, disturbed, keep):
+    """Resumed from step 2, stopped at 3: what was saved at 3 is kept, whatever lies damaged at 4 and 6."""
+    config = tiny(train=dict(steps=6, checkpoint_every=2, keep_checkpoints=3))
+    run(config, tmp_path)
+    for step in (4, 6):
+        (tmp_path / "checkpoints" / f"step_{step:08d}" / "ema.safetensors").write_bytes(b"")
+    config = tiny(train=dict(steps=6, checkpoint_every=2, keep_checkpoints=keep))
+    with pytest.raises(Interrupted) as caught:
+        run(config, tmp_path, disturbed(latents(), stop_at(2), first=2))
+    assert read_state(caught.value.checkpoint).step == 3
+    assert newest(tmp_path / "checkpoints").path == caught.value.checkpoint
+    result = run(config, tmp_path)
+    assert (result.resumed_from, result.step) == (3, 6)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
