@@ -58,10 +58,11 @@ def test_no_worse_than_twice_the_reference(shape, cosine, dtype):
         assert not ours[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("cosine_weight", [0.0, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_corrected_loss_equals_the_reference(shape, cosine_weight):
-    v, z, weight, channels, samples = batch(shape)
+def test_corrected_loss_equals_the_reference(shape, cosine_weight, dtype):
+    v, z, weight, channels, samples = batch(shape, dtype)
     results = {}
     for name, function in (("ours", corrected_loss), ("theirs", reference.corrected_loss), ("exact", None)):
         double = function is None
@@ -73,7 +74,9 @@ def test_corrected_loss_equals_the_reference(shape, cosine_weight):
         assert not cosines.requires_grad
         results[name] = (loss.detach(), errors, cosines, *torch.autograd.grad(3.0 * loss, leaves))
     for ours, theirs, exact in zip(*results.values()):
-        assert_within_budget(ours, theirs, exact, 1e-6)
+        # dv is stored before it is multiplied by the loss's gradient (1 in training, 3 here): one rounding more
+        once_more = 0.5 * torch.finfo(ours.dtype).eps * float(exact.abs().max())
+        assert_within_budget(ours, theirs, exact, max(1e-6, once_more))
 
 
 def test_corrected_loss_is_flow_errors_weighted():

@@ -45,7 +45,20 @@ def test_velocities_may_have_their_own_dtypes():
     assert out.dtype == torch.float32
 
 
-def test_non_contiguous_empty_and_repeatable(monkeypatch):
+def test_bitwise_repeatable_and_independent_of_the_batch():
+    x, v, weak, scale, dtau, channels = batch((4, (48, 24), 9, 7))
+
+    def gradients(part):
+        leaves = [tensor[part].clone().requires_grad_() for tensor in (x, v, weak, scale, dtau)]
+        out = guided_update(*leaves, channels)
+        return [out.detach(), *torch.autograd.grad((out * torch.cos(v[part])).sum(), leaves)]
+
+    whole, again, half = gradients(slice(None)), gradients(slice(None)), gradients(slice(1, 3))
+    assert all(torch.equal(one, other) for one, other in zip(whole, again))
+    assert all(torch.equal(one[1:3], other) for one, other in zip(whole, half))
+
+
+def test_non_contiguous_empty_and_any_block(monkeypatch):
     x, v, weak, scale, dtau, channels = batch((3, (48, 24), 9, 7))
     expected = guided_update(x, v, weak, scale, dtau, channels)
     last = torch.channels_last
