@@ -31,7 +31,7 @@ PROGRAMS, TOPS_PROGRAMS = 2048, 512
 WIDE = 512  # columns of a piece of a row
 COLUMNS = Launch(rows=256, columns=64, warps=8)
 BOTH = Launch(rows=64, columns=128, warps=4)
-HINTED = Launch(rows=64, columns=64, warps=2)
+HINTED = Launch(rows=64, columns=64, warps=2, maxnreg=112)  # without a limit 128: eight programs at a time, not nine
 
 
 @triton.jit
@@ -216,13 +216,13 @@ def _cast_both_kernel(
     kind: tl.constexpr = out_ptr.dtype.element_ty
     size = tl.abs(x)
     by_row = tl.where(size > row_top[:, None], float("nan"), x * inverse[:, None])
-    by_column = tl.where(size > top[None, :], float("nan"), x * reciprocal[None, :])
     tl.store(out_ptr + row.to(tl.int64)[:, None] * C + column[None, :], by_row.to(kind), inside)
+    if SUMS:
+        tl.store(sum_ptr + block.to(tl.int64) * C + column, tl.sum(x, 0), column < C)
+    by_column = tl.where(size > top[None, :], float("nan"), x * reciprocal[None, :])
     y = tl.trans(by_column.to(kind))
     target = columns_ptr + column.to(tl.int64)[:, None] * columns_row + row[None, :]
     tl.store(target, y, (column < C)[:, None] & (row < columns_row)[None, :])
-    if SUMS:
-        tl.store(sum_ptr + block.to(tl.int64) * C + column, tl.sum(x, 0), column < C)
 
 
 def _check(x: Tensor) -> None:
@@ -434,7 +434,7 @@ def _offline() -> list[OfflineCase]:
         for width, parts, hinted in ((6144, 3, False), (1152, 4, False), (1152, 4, True), (3456, 12, True)):
             launch = HINTED if hinted else BOTH
             meta = {"C": width, "ROWS": launch.rows, "COLUMNS": launch.columns, "PARTS": parts, "HINTED": hinted}
-            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted}
+            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted, **launch.options(4)}
             cases.append(OfflineCase(_cast_both_kernel, signature, meta, launch.warps, ("x_row", "columns_row")))
     return cases
 
