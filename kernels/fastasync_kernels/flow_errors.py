@@ -28,6 +28,7 @@ from ._common import (
     check_tensor,
     normals,
     normals_at,
+    normals_by_eight,
     on_device,
     signed64,
     split_step,
@@ -59,7 +60,10 @@ def _tile(
     inside = (c < end) & (p < HW)
     v = tl.load(v_ptr + element, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    if HW % 4 == 0:
+    if HW % 8 == 0 and COLUMNS % 8 == 0 and v_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        pair = c * (HW // 8) + position // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+        eps = normals_by_eight(seed, step, sample, pair, 0)
+    elif HW % 4 == 0:
         block = c * (HW // 4) + position // 4 + tl.arange(0, COLUMNS // 4)[None, :]
         eps = normals(seed, step, sample, block, 0)
     else:  # a counter block of four elements may cross from one channel to the next

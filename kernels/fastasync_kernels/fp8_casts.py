@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
-from ._rows import check_unit_stride, head_and_tail
+from ._rows import check_unit_stride
 from .column_sums import column_sums
 from .reference import FP8, FP8_MULTIPLE
 from .swiglu import backward_with_tops, forward_with_tops
@@ -31,7 +31,7 @@ PROGRAMS, TOPS_PROGRAMS = 2048, 512
 WIDE = 512  # columns of a piece of a row
 COLUMNS = Launch(rows=256, columns=64, warps=8)
 BOTH = Launch(rows=64, columns=128, warps=4)
-HINTED = Launch(rows=64, columns=64, warps=2)
+HINTED = Launch(rows=64, columns=64, warps=2, maxnreg=112)  # without a limit 128: eight programs at a time, not nine
 
 
 @triton.jit
@@ -42,70 +42,108 @@ def _scale(top):
 
 
 @triton.jit
-def _pieces(COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """Columns of a head or a tail block, [COLUMNS / WIDE, 1, WIDE].
+def _piece(start: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    """Columns from ``start``, [1, WIDE], or [1, TAIL] of the last ones.
 
-    With pieces on an axis of their own a warp has rows for itself where there are four or more: a thread reads 16
-    numbers, a warp 512.  The compiler divides a row of a block [rows, columns] among warps instead if it is wider, and
-    they wait for each other nine times in every turn (1,152 columns).
+    A row is worked on in pieces, each a block of its own: where there are four rows or more a warp has rows for itself
+    then.  The compiler divides a row of a block [rows, columns] among warps if it is wider than 512 numbers of 16 bits,
+    and some releases (Triton 3.6) divide pieces on an axis [pieces, rows, columns] too: warps wait for each other
+    eight or nine times in every turn (1,152 columns).
     """
-    return tl.arange(0, COLUMNS // WIDE)[:, None, None] * WIDE + tl.arange(0, WIDE)[None, None, :]
+    return start + tl.arange(0, WIDE if start + WIDE <= C else TAIL)[None, :]
 
 
 @triton.jit
 def _row_of(step, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """A program's rows in one of CHUNK / ROWS steps, [1, ROWS, 1]: each is in a run of its own."""
+    """A program's rows in one of CHUNK / ROWS steps, [ROWS, 1]: each is in a run of its own."""
     run: tl.constexpr = CHUNK // ROWS
-    return tl.program_id(0) * CHUNK + step + run * tl.arange(0, ROWS)[None, :, None]
+    return tl.program_id(0) * CHUNK + step + run * tl.arange(0, ROWS)[:, None]
 
 
 @triton.jit
-def _row_tops(x0, x1):
-    """Largest magnitudes of the rows of a head and a tail block, [1, ROWS, 1]."""
-    top0 = tl.max(tl.max(tl.abs(x0), 2), 0)
-    return tl.maximum(top0, tl.max(tl.max(tl.abs(x1), 2), 0))[None, :, None]
+def _load_rows(x_ptr, row, rows, x_row, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    source = x_ptr + row.to(tl.int64) * x_row
+    pieces = ()
+    for start in tl.static_range(0, C, WIDE):
+        column = _piece(start, C, WIDE, TAIL)
+        pieces += (tl.load(source + column, (row < rows) & (column < C), 0.0),)
+    return pieces
+
+
+@triton.jit
+def _row_tops(pieces):
+    """Largest magnitudes of the rows, [ROWS, 1]: of one number of each wide piece first, then of a row's numbers."""
+    wide = tl.abs(pieces[0].to(tl.float32))
+    for i in tl.static_range(1, len(pieces) - 1):
+        wide = tl.maximum(wide, tl.abs(pieces[i].to(tl.float32)))
+    top = tl.max(wide, 1)
+    if len(pieces) > 1:
+        top = tl.maximum(top, tl.max(tl.abs(pieces[len(pieces) - 1].to(tl.float32)), 1))
+    return top[:, None]
 
 
 @triton.jit
 def _store_rows(place, row, values, rows):
     """One number for each row, by the first thread of its warp: a block of numbers alone would go through memory."""
-    lane = tl.arange(0, 32)[None, None, :]
-    tl.store(place + row + 0 * lane, values + tl.zeros([1, 1, 32], tl.float32), (row < rows) & (lane == 0))
+    lane = tl.arange(0, 32)[None, :]
+    tl.store(place + row + lane, values + tl.zeros([1, 32], tl.float32), (row < rows) & (lane == 0))
 
 
 @triton.jit
-def _store_column_tops(part, c0, c1, top0, top1, C: tl.constexpr):
-    tl.store(part + c0, tl.max(top0, 1)[:, None, :])
-    tl.store(part + c1, tl.max(top1, 1)[:, None, :], c1 < C)
+def _no_tops(ROWS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    tops = ()
+    for start in tl.static_range(0, C, WIDE):
+        tops += (tl.zeros([ROWS, WIDE if start + WIDE <= C else TAIL], tl.float32),)
+    return tops
+
+
+@triton.jit
+def _larger(tops, pieces):
+    larger = ()
+    for i in tl.static_range(len(pieces)):
+        larger += (tl.maximum(tops[i], tl.abs(pieces[i].to(tl.float32))),)
+    return larger
+
+
+@triton.jit
+def _store_column_tops(part, tops, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
+    for i in tl.static_range(len(tops)):
+        column = _piece(i * WIDE, C, WIDE, TAIL)
+        tl.store(part + column, tl.max(tops[i], 0)[None, :], column < C)
 
 
 @triton.jit
 def _cast_rows_kernel(
     x_ptr, out_ptr, scale_ptr, part_ptr, rows, x_row,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, TOPS: tl.constexpr,
+    C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    TOPS: tl.constexpr,
 ):  # fmt: skip
-    c0 = _pieces(HEAD, WIDE)
-    c1 = HEAD + _pieces(TAIL, NARROW)
-    top0 = tl.zeros([HEAD // WIDE, ROWS, WIDE], tl.float32)
-    top1 = tl.zeros([TAIL // NARROW, ROWS, NARROW], tl.float32)
-    kind: tl.constexpr = out_ptr.dtype.element_ty
-    for step in range(0, CHUNK // ROWS):
+    steps: tl.constexpr = CHUNK // ROWS
+    # few programs run at a time with TOPS: the next rows are on their way while these are cast.  Not with more than 40
+    # numbers a thread, or wider ones: their registers would leave room for three programs instead of four
+    AHEAD: tl.constexpr = TOPS and ROWS * C <= 5120 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    if TOPS:
+        tops = _no_tops(ROWS, C, WIDE, TAIL)
+    if AHEAD:
+        ahead = _load_rows(x_ptr, _row_of(0, CHUNK, ROWS), rows, x_row, C, WIDE, TAIL)
+    for step in range(0, steps):
         row = _row_of(step, CHUNK, ROWS)
-        inside = row < rows
-        source = x_ptr + row.to(tl.int64) * x_row
+        if AHEAD:
+            pieces = ahead
+            ahead = _load_rows(x_ptr, row + 1, tl.where(step + 1 < steps, rows, 0), x_row, C, WIDE, TAIL)
+        else:
+            pieces = _load_rows(x_ptr, row, rows, x_row, C, WIDE, TAIL)
+        scale, inverse = _scale(_row_tops(pieces))
         target = out_ptr + row.to(tl.int64) * C
-        x0 = tl.load(source + c0, inside, 0.0).to(tl.float32)
-        x1 = tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32)
-        scale, inverse = _scale(_row_tops(x0, x1))
-        tl.store(target + c0, (x0 * inverse).to(kind), inside)
-        tl.store(target + c1, (x1 * inverse).to(kind), inside & (c1 < C))
+        for i in tl.static_range(len(pieces)):
+            column = _piece(i * WIDE, C, WIDE, TAIL)
+            y = (pieces[i].to(tl.float32) * inverse).to(out_ptr.dtype.element_ty)
+            tl.store(target + column, y, (row < rows) & (column < C))
         _store_rows(scale_ptr, row, scale, rows)
         if TOPS:
-            top0 = tl.maximum(top0, tl.abs(x0))
-            top1 = tl.maximum(top1, tl.abs(x1))
+            tops = _larger(tops, pieces)
     if TOPS:
-        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, c0, c1, top0, top1, C)
+        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, tops, C, WIDE, TAIL)
 
 
 @triton.jit
@@ -130,25 +168,17 @@ def _cast_columns_kernel(
 @triton.jit
 def _find_tops_kernel(
     x_ptr, count_ptr, row_top_ptr, part_ptr, rows, x_row,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Largest magnitudes of the rows, and of the columns in parts, unless the hint has them: its count is one."""
     if tl.load(count_ptr) != 1.0:
-        c0 = _pieces(HEAD, WIDE)
-        c1 = HEAD + _pieces(TAIL, NARROW)
-        top0 = tl.zeros([HEAD // WIDE, ROWS, WIDE], tl.float32)
-        top1 = tl.zeros([TAIL // NARROW, ROWS, NARROW], tl.float32)
+        tops = _no_tops(ROWS, C, WIDE, TAIL)
         for step in range(0, CHUNK // ROWS):
             row = _row_of(step, CHUNK, ROWS)
-            inside = row < rows
-            source = x_ptr + row.to(tl.int64) * x_row
-            x0 = tl.load(source + c0, inside, 0.0).to(tl.float32)
-            x1 = tl.load(source + c1, inside & (c1 < C), 0.0).to(tl.float32)
-            _store_rows(row_top_ptr, row, _row_tops(x0, x1), rows)
-            top0 = tl.maximum(top0, tl.abs(x0))
-            top1 = tl.maximum(top1, tl.abs(x1))
-        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, c0, c1, top0, top1, C)
+            pieces = _load_rows(x_ptr, row, rows, x_row, C, WIDE, TAIL)
+            _store_rows(row_top_ptr, row, _row_tops(pieces), rows)
+            tops = _larger(tops, pieces)
+        _store_column_tops(part_ptr + tl.program_id(0).to(tl.int64) * C, tops, C, WIDE, TAIL)
 
 
 @triton.jit
@@ -186,13 +216,13 @@ def _cast_both_kernel(
     kind: tl.constexpr = out_ptr.dtype.element_ty
     size = tl.abs(x)
     by_row = tl.where(size > row_top[:, None], float("nan"), x * inverse[:, None])
-    by_column = tl.where(size > top[None, :], float("nan"), x * reciprocal[None, :])
     tl.store(out_ptr + row.to(tl.int64)[:, None] * C + column[None, :], by_row.to(kind), inside)
+    if SUMS:
+        tl.store(sum_ptr + block.to(tl.int64) * C + column, tl.sum(x, 0), column < C)
+    by_column = tl.where(size > top[None, :], float("nan"), x * reciprocal[None, :])
     y = tl.trans(by_column.to(kind))
     target = columns_ptr + column.to(tl.int64)[:, None] * columns_row + row[None, :]
     tl.store(target, y, (column < C)[:, None] & (row < columns_row)[None, :])
-    if SUMS:
-        tl.store(sum_ptr + block.to(tl.int64) * C + column, tl.sum(x, 0), column < C)
 
 
 def _check(x: Tensor) -> None:
@@ -208,13 +238,12 @@ def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rows_meta(width: int, count: int = 65536, tops: bool = True) -> dict[str, Any]:
-    head, tail = head_and_tail(width)
-    rows = max(1, ROWS.columns // (head + tail))
+    tail = triton.next_power_of_2(width % WIDE or WIDE)
+    rows = max(1, ROWS.columns // (width - (width % WIDE or WIDE) + tail))
     rows = 1 << (rows.bit_length() - 1)
     # a weight has few rows: a program for each few of them
     few = triton.next_power_of_2(triton.cdiv(count, TOPS_PROGRAMS if tops else PROGRAMS))
-    meta = {"C": width, "HEAD": head, "TAIL": tail, "WIDE": min(WIDE, head), "NARROW": min(WIDE, tail)}
-    return {**meta, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
+    return {"C": width, "WIDE": WIDE, "TAIL": tail, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
 
 
 @torch.library.custom_op("fastasync::cast_rows", mutates_args=())
@@ -405,7 +434,7 @@ def _offline() -> list[OfflineCase]:
         for width, parts, hinted in ((6144, 3, False), (1152, 4, False), (1152, 4, True), (3456, 12, True)):
             launch = HINTED if hinted else BOTH
             meta = {"C": width, "ROWS": launch.rows, "COLUMNS": launch.columns, "PARTS": parts, "HINTED": hinted}
-            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted}
+            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted, **launch.options(4)}
             cases.append(OfflineCase(_cast_both_kernel, signature, meta, launch.warps, ("x_row", "columns_row")))
     return cases
 

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from fastasync_kernels import reference, triton_ops
+from fastasync_kernels import fp8_casts, reference, triton_ops
 from fastasync_kernels.fp8_linear import fp8_linear, fp8_mlp, frozen_linear, frozen_rows
+from fastasync_kernels.tops import hint_size
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -37,6 +38,25 @@ def test_casts_equal_their_reference(shape, dtype):
     assert same_fp8(columns, columns_)
     assert torch.equal(divisor, divisor_)
     assert triton_ops.cast_rows(x)[2].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [72, 1152])
+def test_programs_of_many_rows_give_the_same_bits(width, dtype, monkeypatch):
+    """As casts of many rows run: several steps a program, rows that end within one."""
+    monkeypatch.setattr(fp8_casts, "PROGRAMS", 4)
+    monkeypatch.setattr(fp8_casts, "TOPS_PROGRAMS", 4)
+    x = draw(301, width, dtype=dtype)
+    rows, scale, top = reference.cast_rows(x, True)
+    for tops in (False, True):
+        ours = triton_ops.cast_rows(x, tops)
+        assert same_fp8(ours[0], rows)
+        assert torch.equal(ours[1], scale)
+    assert torch.equal(ours[2], top)
+    hint = torch.zeros(hint_size(*x.shape, 1), device=DEVICE)
+    ours = fp8_casts.cast_hinted(x, hint, 1, False)[:4]
+    for found, known in zip(ours, (rows, scale, *reference.cast_columns(x, top))):
+        assert torch.equal(found.view(torch.uint8), known.view(torch.uint8))
 
 
 def test_the_reference_is_the_definition():
