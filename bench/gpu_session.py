@@ -36,8 +36,10 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "sampling": (200, ["-m", "bench.run", "sampling"]),
     "probe": (150, ["-m", "bench.run", "probe"]),
     "fp8": (60, ["-m", "bench.run", "fp8"]),
+    "fp8_casts": (60, ["-m", "bench.run", "fp8_casts"]),
     "data": (90, ["-m", "bench.run", "data"]),
     "encode": (150, ["-m", "bench.run", "encode"]),
+    "repa": (170, ["-m", "bench.run", "repa"]),
     "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
 }

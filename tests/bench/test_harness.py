@@ -384,6 +384,11 @@ def test_what_runs_the_gpu_tests_names_files_that_exist():
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+def test_a_session_has_a_stage_for_every_subject():
+    commands = [command for _, command in (gpu_session.STAGES | gpu_session.ON_REQUEST).values()]
+    assert set(SUBJECTS) <= {word for command in commands if "bench.run" in command for word in command}
+
+
 def test_a_pictures_corner_names_all_commits_and_days(bench):
     row = bench.add("swiglu", "fwd", "triton", "[1]", "bf16", summarize([1.0]))
 
