@@ -57,14 +57,40 @@ def test_overhead_interval_covers_the_truth():
         drift = 5 * torch.randn(12, generator=generator, dtype=torch.float64)
         first = 100 + drift + 0.5 * torch.randn(12, generator=generator, dtype=torch.float64)
         second = 101 + drift + 0.5 * torch.randn(12, generator=generator, dtype=torch.float64)
-        mean, low, high = paired_overhead(first.tolist(), second.tolist())
+        mean, low, high = paired_overhead(first.tolist(), second.tolist(), 1)
         covered += low <= 0.01 <= high
         width.append(high - low)
         assert low <= mean <= high
     assert 0.91 < covered / 400 < 0.985
     assert sum(width) / 400 < 0.012
-    with pytest.raises(ValueError, match="two pairs"):
-        paired_overhead([1.0], [1.0])
+    with pytest.raises(ValueError, match="two rounds"):
+        paired_overhead([1.0], [1.0], 1)
+
+
+def test_overhead_interval_of_steps_that_follow_each_other():
+    """Ten steps a turn, as `bench.interleaved` takes them, that drift: pairs of steps promise too much, rounds do not.
+
+    Each step's deviation is 0.7 times the last one's and something new.  Turns that follow each other at once still
+    share a little, so that the intervals of rounds, too, miss the truth slightly more often than one in twenty.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rounds, warm, inner, repeats = 8, 1, 10, 400
+    covered = {1: 0, inner: 0}
+    for _ in range(repeats):
+        new = torch.randn(2 * rounds * (warm + inner), generator=generator, dtype=torch.float64)
+        drift = [float(new[0])]
+        for value in new[1:].tolist():
+            drift.append(0.7 * drift[-1] + (1 - 0.7**2) ** 0.5 * value)
+        turns = torch.tensor(drift, dtype=torch.float64).reshape(rounds, 2, warm + inner)[:, :, warm:]
+        turns[1::2] = turns[1::2].flip(1)  # every other round begins with the second
+        first, second = ((level + turns[:, which]).flatten().tolist() for which, level in ((0, 100), (1, 101)))
+        for each in covered:
+            _, low, high = paired_overhead(first, second, each)
+            covered[each] += low <= 0.01 <= high
+    assert covered[1] / repeats < 0.75
+    assert covered[inner] / repeats > 0.9
+    with pytest.raises(ValueError, match="two rounds or more of 5"):
+        paired_overhead([1.0] * 12, [1.0] * 12, 5)
 
 
 def test_rows_survive_the_file(tmp_path, bench):
