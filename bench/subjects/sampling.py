@@ -16,20 +16,27 @@ from fastasync.training.engine import compile_in_place
 
 
 def guided_update(bench: Bench) -> None:
+    """Alone, and with the gradients of state, velocities, scale and steps."""
     grid, batch = (4, 4) if bench.small else (16, 256)
-    for dtype in (torch.float32,):
+    dtype = torch.float32
+    for backward in (False, True):
 
-        def make(seed: int, batch: int, dtype: torch.dtype = dtype) -> list:
+        def make(seed: int, batch: int, backward: bool = backward) -> list:
             random = Random(bench.device, seed, dtype)
-            states = [random(batch, 48, grid, grid) for _ in range(3)]
-            return [*states, 1 + random.unit(batch, 2), random.unit(batch, 2), CHANNELS]
+            states = [random(batch, 48, grid, grid, grad=backward) for _ in range(3)]
+            values = [(low + random.unit(batch, 2)).requires_grad_(backward) for low in (1, 0)]
+            g = states[1].detach() + random(batch, 48, grid, grid)  # partly along v: the sums do not nearly cancel
+            return [*states, *values, CHANNELS, *([[g]] if backward else [])]
 
+        # forward reads x, v and v_weak, writes x'; backward reads g, v and v_weak, writes dv and dv_weak (dx is g)
+        moved = 4 + 5 if backward else 4
         bench.operation(
             Operation(
-                *("sampling", "guided update", f"[{batch}, 48, {grid}, {grid}]", short(dtype)),
-                variants(bench, "guided update", "guided_update", False),
+                *("sampling", "guided update" + (" fwd+bwd" if backward else "")),
+                *(f"[{batch}, 48, {grid}, {grid}]", short(dtype)),
+                variants(bench, "guided update", "guided_update", backward),
                 *(make, batch),
-                nbytes=4 * batch * 48 * grid**2 * dtype.itemsize,
+                nbytes=moved * batch * 48 * grid**2 * dtype.itemsize,
             )
         )
 

@@ -203,7 +203,9 @@ def test_subject_runs_on_a_cpu(bench, subject):
         }
 
 
-@pytest.mark.parametrize("subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp", "fp8_casts"])
+@pytest.mark.parametrize(
+    "subject", ["noising", "loss", "adaln", "qknorm_rope", "swiglu", "mlp", "sampling", "fp8_casts"]
+)
 def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_rounding):
     """The Triton variants, in the interpreter: what a GPU will time is compared with the reference in the same way."""
     module = importlib.import_module(f"bench.subjects.{subject}")
