@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {
     "step-cifar10": (150, ["-m", "bench.run", "step", "--sizes", "cifar10"]),
     "schedule_overhead": (120, ["-m", "bench.run", "schedule_overhead"]),
     "profile": (120, ["-m", "bench.profile_step"]),
-    "block": (90, ["-m", "bench.run", "block"]),
+    "block": (120, ["-m", "bench.run", "block"]),
     "memory": (150, ["-m", "bench.run", "memory"]),
     "sampling": (200, ["-m", "bench.run", "sampling"]),
     "probe": (150, ["-m", "bench.run", "probe"]),

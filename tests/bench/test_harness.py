@@ -25,7 +25,7 @@ from bench.harness import (
     summarize,
     with_backward,
 )
-from bench.subjects import SUBJECTS, common, fp8_casts, step
+from bench.subjects import SUBJECTS, block, common, fp8_casts, step
 from bench.workload import configuration
 from fastasync.config import differences
 
@@ -219,6 +219,30 @@ def test_kernels_pass_the_benchmarks_check(bench, subject, monkeypatch, fp8_roun
     module.run(bench)
     assert checked
     assert all("triton" in errors for errors in checked)
+
+
+@pytest.mark.parametrize("wrong", [None, "q_norm.weight", "proj.bias"])
+def test_a_blocks_variants_are_compared(bench, wrong, monkeypatch):
+    """The kernels' block in the interpreter, and the same with one weight or bias changed by a hundredth."""
+
+    def trained(*arguments):
+        network = made(*arguments)
+        if wrong and arguments[2] == "ours eager":
+            with torch.no_grad():
+                network.blocks[0].attn.get_parameter(wrong).mul_(1.01)
+        return network
+
+    made = block.trained
+    monkeypatch.setattr(block, "trained", trained)
+    monkeypatch.setattr(block, "kernels", lambda *_: True)
+    ours = workload.VARIANTS["ours eager"]
+    monkeypatch.setitem(workload.VARIANTS, "ours eager", {**ours, "model": {**ours["model"], "kernels": "triton"}})
+    if wrong:
+        with pytest.raises(WrongResult, match="triton: result"):
+            block.run(bench)
+    else:
+        block.run(bench)
+        assert [row.variant for row in bench.rows] == ["pytorch", "triton"] * 2
 
 
 def test_wrong_compiled_casts_end_nothing(bench, monkeypatch, fp8_rounding):
