@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: statistics, errors, files, categories; and every subject at sizes of a CPU."""
 
+import functools
 import importlib
 import os
 import re
@@ -25,7 +26,7 @@ from bench.harness import (
     summarize,
     with_backward,
 )
-from bench.subjects import SUBJECTS, block, common, fp8_casts, step
+from bench.subjects import SUBJECTS, block, common, fp8_casts, optimizer, step
 from bench.workload import configuration
 from fastasync.config import differences
 
@@ -243,6 +244,29 @@ def test_a_blocks_variants_are_compared(bench, wrong, monkeypatch):
     else:
         block.run(bench)
         assert [row.variant for row in bench.rows] == ["pytorch", "triton"] * 2
+
+
+@pytest.mark.parametrize("changed", [{"lr": 1.001e-2}, {"weight_decay": 0.11}, {"ema_decay": 0.901}, {"eps": 2e-8}])
+def test_a_wrong_optimizer_is_not_timed(bench, changed, monkeypatch):
+    build = optimizer.build_optimizer
+
+    def wrong(params, impl, **options):
+        return build(params, impl, **(options | changed if impl == "fused" else options))
+
+    monkeypatch.setattr(optimizer, "build_optimizer", wrong)
+    with pytest.raises(WrongResult, match="fused: result"):
+        optimizer.run(bench)
+    assert not bench.rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizers_are_compared_with_torchs_in_float64(dtype):
+    random = common.Random(CPU, 0, dtype)
+    given = [[random(*shape, scale=scale) for shape in ((64, 33), (7,))] for scale in (0.02, 1e-3)]
+    calls = {impl: functools.partial(optimizer.updated, impl) for impl in ("torch", "fused")}
+    kept = [tensor.clone() for tensor in harness.tensors_of(given)]
+    assert max(check(calls, given).values()) < 1e-5
+    assert all(torch.equal(*pair) for pair in zip(kept, harness.tensors_of(given)))
 
 
 def test_wrong_compiled_casts_end_nothing(bench, monkeypatch, fp8_rounding):
