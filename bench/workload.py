@@ -100,6 +100,19 @@ def synchronous(config: Config) -> Schedule:
     return named_schedule("synchronous", config.representations.names, config.representations.roles)
 
 
+def randomize(network: nn.Module) -> None:
+    """Give every linear torch's own initial weights and biases, and adaLN's three times as large ones.
+
+    Those of an untrained network are zero where they end a block, and at its end: whatever its blocks compute, it is
+    the identity, and no wrong result would be seen.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            if "adaLN" in name:
+                module.weight.data.mul_(3)  # gates so large that what the branches compute counts
+
+
 def share_parameters(target: nn.Module, source: nn.Module) -> None:
     """Make ``target`` use the parameters of ``source``, so that variants do not each hold an optimizer's state."""
     modules = dict(source.named_modules())

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.harness import Bench, check, summarize
 from bench.subjects.common import Random, dtypes, kernels, short, sizes
-from bench.workload import configuration
+from bench.workload import configuration, randomize
 from fastasync.config import config_from_dict
 from fastasync.errors import UserError
 from fastasync.training.build import build_model
@@ -46,9 +46,7 @@ def trained(bench: Bench, batch: int, variant: str, mlp: str) -> Any:
     config = config_from_dict({"model": model, "objective": {"repa_weight": 0.0}}, base)
     torch.manual_seed(0)
     network = build_model(config)
-    for module in network.blocks[0].modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()  # a block of an untrained network is the identity: nothing in it would be checked
+    randomize(network)
     return build_engine(network, config, bench.device).model
 
 
