@@ -11,7 +11,7 @@ import time
 import fastasync_kernels
 import pytest
 import torch
-from fastasync_kernels import attention
+from fastasync_kernels import attention, reference
 
 from bench import gpu_session, harness, plots, profile_step, run, workload
 from bench.harness import (
@@ -365,6 +365,58 @@ def test_a_step_of_another_batch(bench, monkeypatch):
     for bench.batch in (0, 12):
         step.run(bench)
     assert asked == [8, 12]
+
+
+class NoGradient(torch.autograd.Function):
+    """x, whose gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.zeros_like(gradient)
+
+
+def no_rope(qkv, q_weight, k_weight, cos, sin, heads, **options):
+    return reference.qknorm_rope(qkv, q_weight, k_weight, torch.ones_like(cos), torch.zeros_like(sin), heads, **options)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"qknorm_rope": no_rope},
+        {"swiglu": lambda packed, bias=None: 2 * reference.swiglu(packed, bias=bias)},
+        {"swiglu": lambda packed, bias=None: NoGradient.apply(reference.swiglu(packed, bias=bias))},
+    ],
+)
+def test_a_plans_variants_are_compared_before_they_are_timed(bench, wrong, monkeypatch):
+    """Each start is at the same weights, though variants share them: the learning rate of the warm-up is zero.
+
+    The network has two blocks only, so that what is found here is coarser than in 28 (bench/subjects/step.py).
+    """
+    make_work = step.make_work
+
+    def made(config, *arguments):
+        work = make_work(config, *arguments)
+        if config.train.optimizer == "auto":
+            work.engine.model._ops = work.engine.model._ops._replace(**wrong)
+        return work
+
+    monkeypatch.setattr(step, "make_work", made)
+    names = ("pytorch eager", "ours eager")
+    if wrong:
+        with pytest.raises(WrongResult, match=r"ours eager: gradient .* from pytorch eager's, at most 3%"):
+            step.build(bench, "step", "tiny", 8, names)
+    else:
+        works = step.build(bench, "step", "tiny", 8, names)
+        starts = [step.warm_up(work) for work in works.values()]
+        assert all(torch.equal(*pair) for pair in zip(*starts))
+        before = [p.clone() for p in works[names[1]].engine.model.parameters()]
+        works[names[1]].step(workload.learned_schedule(works[names[1]].config))
+        assert not all(torch.equal(*pair) for pair in zip(before, works[names[0]].engine.model.parameters()))
 
 
 def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
