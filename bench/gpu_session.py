@@ -25,7 +25,7 @@ TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "8"]  # on CUDA e
 STAGES: dict[str, tuple[float, list[str]]] = {
     "build": (150, ["setup.py", "-q", "build_ext", "--inplace"]),
     "tests": (200, [*TESTS, "-m", "not slow", "tests/kernels", "tests/optim"]),  # slow: offline builds
-    "ops": (240, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
+    "ops": (300, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
     "mlp": (120, ["-m", "bench.run", "mlp"]),
     "step": (400, ["-m", "bench.run", "step"]),
     "step-cifar10": (150, ["-m", "bench.run", "step", "--sizes", "cifar10"]),

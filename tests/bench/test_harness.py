@@ -419,6 +419,14 @@ def test_a_plans_variants_are_compared_before_they_are_timed(bench, wrong, monke
         assert not all(torch.equal(*pair) for pair in zip(before, works[names[0]].engine.model.parameters()))
 
 
+def test_rounding_to_bf16_is_allowed(bench, monkeypatch):
+    ours = workload.VARIANTS["ours eager"]
+    monkeypatch.setitem(workload.VARIANTS, "ours eager", {**ours, "train": {**ours["train"], "precision": "bf16"}})
+    assert len(step.build(bench, "step", "tiny", 8, ("pytorch eager", "ours eager"))) == 2
+    assert bench.lines[-1].startswith("  step tiny ours eager: gradient ")
+    assert "gradient 0.00%" not in bench.lines[-1]
+
+
 def test_a_plain_mlp_is_timed_beside_quacks_only(bench, monkeypatch):
     """Where nobody has another the variant would be the same step twice."""
     names = ("ours eager", "ours eager plain MLP")
