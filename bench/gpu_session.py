@@ -25,19 +25,21 @@ TESTS = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "8"]  # on CUDA e
 STAGES: dict[str, tuple[float, list[str]]] = {
     "build": (150, ["setup.py", "-q", "build_ext", "--inplace"]),
     "tests": (200, [*TESTS, "-m", "not slow", "tests/kernels", "tests/optim"]),  # slow: offline builds
-    "ops": (240, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
+    "ops": (300, ["-m", "bench.run", "noising", "loss", "adaln", "qknorm_rope", "swiglu", "attention", "optimizer"]),
     "mlp": (120, ["-m", "bench.run", "mlp"]),
     "step": (400, ["-m", "bench.run", "step"]),
     "step-cifar10": (150, ["-m", "bench.run", "step", "--sizes", "cifar10"]),
     "schedule_overhead": (120, ["-m", "bench.run", "schedule_overhead"]),
     "profile": (120, ["-m", "bench.profile_step"]),
-    "block": (90, ["-m", "bench.run", "block"]),
+    "block": (120, ["-m", "bench.run", "block"]),
     "memory": (150, ["-m", "bench.run", "memory"]),
     "sampling": (200, ["-m", "bench.run", "sampling"]),
     "probe": (150, ["-m", "bench.run", "probe"]),
     "fp8": (60, ["-m", "bench.run", "fp8"]),
+    "fp8_casts": (60, ["-m", "bench.run", "fp8_casts"]),
     "data": (90, ["-m", "bench.run", "data"]),
     "encode": (150, ["-m", "bench.run", "encode"]),
+    "repa": (170, ["-m", "bench.run", "repa"]),
     "graph-tests": (120, [*TESTS, "-m", "gpu", "tests/training/test_graph.py"]),
     "model-tests": (200, [*TESTS, "-m", "gpu", "tests/model", "tests/training"]),
 }

@@ -67,12 +67,17 @@ class Overhead(NamedTuple):
     high: float
 
 
-def paired_overhead(first: Sequence[float], second: Sequence[float]) -> Overhead:
-    """Student's interval of the mean of ``(second_i - first_i) / mean(first)`` over the pairs i (at least 2)."""
-    if len(first) != len(second) or len(first) < 2:
-        raise ValueError(f"needs at least two pairs, not {len(first)} and {len(second)} times")
+def paired_overhead(first: Sequence[float], second: Sequence[float], inner: int) -> Overhead:
+    """Student's interval of the mean of ``(second_i - first_i) / mean(first)`` over the rounds i (at least 2).
+
+    ``inner``: how many times each turn has (``Bench.interleaved``).  A round counts once, by the means of its turns:
+    steps that follow each other share the clock and the temperature, and are no independent measurements.
+    """
+    if len(first) != len(second) or len(first) < 2 * inner or len(first) % inner:
+        raise ValueError(f"needs two rounds or more of {inner} times, not {len(first)} and {len(second)} times")
+    turns = [[statistics.fmean(times[i : i + inner]) for i in range(0, len(times), inner)] for times in (first, second)]
     base = statistics.fmean(first)
-    shares = [(b - a) / base for a, b in zip(first, second)]
+    shares = [(b - a) / base for a, b in zip(*turns)]
     mean = statistics.fmean(shares)
     half = float(stats.t.ppf(0.975, len(shares) - 1)) * statistics.stdev(shares) / math.sqrt(len(shares))
     return Overhead(mean, mean - half, mean + half)

@@ -57,7 +57,7 @@ def finish(figure: plt.Figure, path: Path, title: str, rows: Sequence[Row]) -> P
 def roofline(rows: Sequence[Row], path: Path) -> Path | None:
     """Each operation's floor over its time: how near it is to the ceiling that binds it."""
     found = [r for r in rows if r.subject in ROOFLINE and r.share is not None]
-    found = [r for r in found if r.subject != "sampling" or r.case == "guided update"]  # not a whole network
+    found = [r for r in found if r.subject != "sampling" or r.case.startswith("guided update")]  # no network
     if not found:
         return None
     groups = dict.fromkeys((r.subject, r.case, r.shape, r.dtype) for r in found)

@@ -100,6 +100,19 @@ def synchronous(config: Config) -> Schedule:
     return named_schedule("synchronous", config.representations.names, config.representations.roles)
 
 
+def randomize(network: nn.Module) -> None:
+    """Give every linear torch's own initial weights and biases, and adaLN's three times as large ones.
+
+    Those of an untrained network are zero where they end a block, and at its end: whatever its blocks compute, it is
+    the identity, and no wrong result would be seen.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            if "adaLN" in name:
+                module.weight.data.mul_(3)  # gates so large that what the branches compute counts
+
+
 def share_parameters(target: nn.Module, source: nn.Module) -> None:
     """Make ``target`` use the parameters of ``source``, so that variants do not each hold an optimizer's state."""
     modules = dict(source.named_modules())
@@ -109,11 +122,12 @@ def share_parameters(target: nn.Module, source: nn.Module) -> None:
 
 
 class Work(NamedTuple):
-    """A variant's training step: ``step(schedule)`` runs one; ``engine`` and ``config`` as in training."""
+    """A variant's training step: ``step(schedule)`` runs one and returns its terms; ``step(schedule, lr)`` with another
+    learning rate; ``engine`` and ``config`` as in training."""
 
     config: Config
     engine: Engine
-    step: Callable[[Schedule], Tensor]
+    step: Callable[..., Tensor]
 
 
 def latents(config: Config, device: torch.device, sets: int = 4) -> list[tuple[Tensor, Tensor, Tensor | None]]:
@@ -149,7 +163,9 @@ def make_work(
     """A variant's step on this rank's ``data``.  ``like``: share the parameters of one of these variants that keeps
     them in the same dtypes, and the optimizer of one of the same kind."""
     torch.manual_seed(0)
-    engine: Any = make_engine(build_model(config), config, device)
+    network = build_model(config)
+    randomize(network)
+    engine: Any = make_engine(network, config, device)
     shared = [work.engine for work in like if _alike(work.engine, engine)]
     if shared:
         first: Any = shared[0]
@@ -163,7 +179,7 @@ def make_work(
     compute = step_function(engine, config, objective, ops, [where.to(device)])
     clocks: dict[Schedule, tuple[Any, Iterator[int]]] = {}  # of each schedule: its times by step, its steps so far
 
-    def step(schedule: Schedule) -> Tensor:
+    def step(schedule: Schedule, lr: float = learning_rate(config, 0)) -> Tensor:
         if schedule not in clocks:
             drawn = objective.times_by_step(schedule, seed=config.data.seed, samples=where, total=config.train.batch)
             clocks[schedule] = drawn, itertools.count()
@@ -171,9 +187,7 @@ def make_work(
         number = next(steps)
         z, y, features = data[number % len(data)]
         times = times_at(number).to(device)
-        values, _ = engine.run(
-            compute, number, [Part(z, y, times.tau, times.weight, features)], learning_rate(config, 0)
-        )
+        values, _ = engine.run(compute, number, [Part(z, y, times.tau, times.weight, features)], lr)
         return values
 
     return Work(config, engine, step)

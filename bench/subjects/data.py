@@ -228,8 +228,10 @@ def training(bench: Bench, folder: Path) -> None:
         for call in calls.values():
             for _ in range(5):  # compiles, tunes
                 call()
-        times = bench.interleaved(calls, rounds=min(bench.rounds, 8), inner=3 if bench.small else 10)
-    overhead = paired_overhead(times["in memory"], times["from shards"])
+        # long turns: during the other's, batches are read ahead
+        inner = 3 if bench.small else 10
+        times = bench.interleaved(calls, rounds=min(max(bench.rounds, 2), 8), inner=inner)
+    overhead = paired_overhead(times["in memory"], times["from shards"], inner)
     note = f"overhead {overhead.mean:+.2%}, 95 % interval {overhead.low:+.2%} to {overhead.high:+.2%}"
     for name, values in times.items():
         extra = note if name == "from shards" else ""

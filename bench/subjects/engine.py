@@ -16,11 +16,11 @@ def run(bench: Bench) -> None:
         schedule = learned_schedule(work.config)
         calls[name] = lambda work=work, schedule=schedule: work.step(schedule)
     memory = {name: peak_gib(bench, call) for name, call in calls.items()}
-    times = bench.interleaved(calls, rounds=8 if not bench.small else 3, warm=1, inner=5)
+    times = bench.interleaved(calls, rounds=10 if not bench.small else 3, warm=1, inner=4)
     for name, values in times.items():
         note = ""
         if name != plain and plain in times:
-            overhead = paired_overhead(times[plain], values)
+            overhead = paired_overhead(times[plain], values, 4)
             note = f"overhead {overhead.mean:+.2%}, 95 % interval {overhead.low:+.2%} to {overhead.high:+.2%}"
         precision = works[name].config.train.precision
         # both engines' weights and states are on the device: what the other one holds is counted too

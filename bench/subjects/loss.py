@@ -46,6 +46,13 @@ def run(bench: Bench) -> None:
             bench.operation(
                 Operation("loss", "forward+backward", shape, short(dtype), only_loss, make, batch, nbytes=nbytes)
             )
+            if dtype == torch.float32:  # the network's velocity is, and the latents are: SFD's objective
+                found = variants(bench, "loss with cosine", "corrected_loss", False, cosine_weight=1.0)
+                cosine = {name: with_backward(lambda *a, f=f: f(*a)[0]) for name, f in found.items()}
+                # the same bytes: v and z of a sample (98 kB each) need not be read from memory a second time
+                bench.operation(
+                    Operation("loss", "with cosine", shape, short(dtype), cosine, make, batch, nbytes=nbytes)
+                )
             # in training latents are float32, and the state is in autocast's dtype (the interpreter has no bf16)
             states = [dtype] if dtype != torch.float32 else [dtype, torch.float16 if bench.small else torch.bfloat16]
             ours = kernels(bench, "noising + loss")

@@ -1,4 +1,7 @@
-"""Peak memory of a step with each amount of recomputation, beside its estimate, and what it costs in time."""
+"""Peak memory of a step with each amount of recomputation, beside its estimate, and what it costs in time.
+
+Results are not compared here: the subject ``step`` does it with nothing recomputed, tests/model with the rest.
+"""
 
 from __future__ import annotations
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import functools
 
-from bench.harness import Bench, summarize
+import torch
+from torch import Tensor
+
+from bench.harness import Bench, WrongResult, check, summarize
 from bench.subjects.common import short
 from bench.workload import configuration
 from fastasync.errors import UserError
@@ -13,6 +16,28 @@ from fastasync.training.build import build_model
 
 # bytes a parameter, gradients of the parameters' precision, the norm's reading of them included
 BYTES = {torch.bfloat16: 38, torch.float32: 40}
+CHECKED = 32  # parameters: embeddings and the first block
+
+
+def updated(impl: str, weights: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """Norm, weights, moments and EMA after two clipped updates with large steps, which show in all of them.
+
+    In float32 for parameters of 16 bits (in float64 for float64).  Raises WrongResult where such parameters are not the
+    weights, rounded.
+    """
+    masters = impl == "fused"  # the others update float32 weights
+    kinds = [w.dtype if masters else torch.promote_types(w.dtype, torch.float32) for w in weights]
+    own = [torch.nn.Parameter(w.detach().to(kind, copy=True)) for w, kind in zip(weights, kinds)]
+    optimizer = build_optimizer(own, impl, lr=1e-2, weight_decay=0.1, ema_decay=0.9)
+    for scale in (1.0, 0.5):
+        for p, gradient in zip(own, gradients):
+            p.grad = (scale * gradient).to(p.dtype)
+        norm = optimizer.clip_and_step(1e-3)
+    state = [optimizer.state[p] for p in own]
+    trained = [kept.get("master", p.detach()) for p, kept in zip(own, state)]
+    if not all(torch.equal(p, weight.to(p.dtype)) for p, weight in zip(own, trained)):
+        raise WrongResult(f"{impl}: a parameter is not its weight, rounded")
+    return [norm, *trained, *(kept[name] for name in ("exp_avg", "exp_avg_sq", "ema") for kept in state)]
 
 
 def run(bench: Bench) -> None:
@@ -23,7 +48,9 @@ def run(bench: Bench) -> None:
     for dtype in (torch.float32,) if bench.small else (torch.bfloat16, torch.float32):
         generator = torch.Generator(bench.device).manual_seed(0)
 
-        def parameters(dtype: torch.dtype = dtype, generator: torch.Generator = generator) -> list:
+        def parameters(
+            dtype: torch.dtype = dtype, generator: torch.Generator = generator, shapes: list[torch.Size] = shapes
+        ) -> list:
             made = []
             for shape in shapes:
                 p = torch.nn.Parameter(
@@ -33,7 +60,7 @@ def run(bench: Bench) -> None:
                 made.append(p)
             return made
 
-        calls, notes = {}, {}
+        calls, notes, checked = {}, {}, {}
         # bf16 parameters have float32 master weights in ours only: torch's variant then updates float32 ones
         for impl in ("torch", "fused", "apex"):
             own = parameters() if impl == "fused" else parameters(torch.float32)
@@ -44,6 +71,9 @@ def run(bench: Bench) -> None:
                 continue
             notes[impl] = optimizer.backend if isinstance(optimizer, FusedAdamW) else "float32 weights only"
             calls[impl] = lambda optimizer=optimizer: optimizer.clip_and_step(1.0)
+            checked[impl] = functools.partial(updated, impl)
+        few = parameters(shapes=shapes[:CHECKED])
+        errors = check(checked, [[p.detach() for p in few], [p.grad for p in few]])
         for call in calls.values():
             call()
         times = bench.interleaved(calls)
@@ -51,5 +81,5 @@ def run(bench: Bench) -> None:
             bench.add(
                 *("optimizer", "step", name, f"{count} parameters", short(dtype), summarize(values)),
                 nbytes=BYTES[dtype] * count,
-                note=notes[name],
+                note=f"error {errors[name]:.1e}; {notes[name]}",
             )

@@ -90,14 +90,15 @@ def steps(bench: Bench, folder: Path, source: ImageSource, width: int) -> None:
             for _ in range(5):  # compiles, tunes
                 call()
         waited = features.waited
-        times = bench.interleaved(calls, rounds=min(bench.rounds, 8), inner=2 if bench.small else 10)
+        inner = 2 if bench.small else 10  # long turns: during the others', images are read ahead
+        times = bench.interleaved(calls, rounds=min(max(bench.rounds, 2), 8), inner=inner)
         waited = features.waited - waited
         if any(each.served_directly for each in files.values()):
             raise WrongResult("repa: a batch was not read ahead")
     for name, values in times.items():
         note = ""
         if name != "off":
-            cost = paired_overhead(times["off"], values)
+            cost = paired_overhead(times["off"], values, inner)
             note = f"against off {cost.mean:+.2%}, 95 % interval {cost.low:+.2%} to {cost.high:+.2%}"
         if name == "online":
             note += f"; waited {waited / (sum(values) / 1e3):.2%} of its time for images"

@@ -2,78 +2,112 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from bench.harness import Bench, Operation, summarize
+from bench.harness import Bench, Operation, check, summarize
 from bench.subjects.common import CHANNELS, Random, short, variants
-from bench.workload import backends, configuration, latents
+from bench.workload import backends, configuration, latents, randomize
+from fastasync.config import config_from_dict
 from fastasync.errors import UserError
-from fastasync.model import forward_flops
+from fastasync.model import LightningDiT, forward_flops
 from fastasync.training.build import build_model, choose_autocast, prepare_sampling
 from fastasync.training.engine import compile_in_place
 
 
 def guided_update(bench: Bench) -> None:
+    """Alone, and with the gradients of state, velocities, scale and steps."""
     grid, batch = (4, 4) if bench.small else (16, 256)
-    for dtype in (torch.float32,):
+    dtype = torch.float32
+    for backward in (False, True):
 
-        def make(seed: int, batch: int, dtype: torch.dtype = dtype) -> list:
+        def make(seed: int, batch: int, backward: bool = backward) -> list:
             random = Random(bench.device, seed, dtype)
-            states = [random(batch, 48, grid, grid) for _ in range(3)]
-            return [*states, 1 + random.unit(batch, 2), random.unit(batch, 2), CHANNELS]
+            states = [random(batch, 48, grid, grid, grad=backward) for _ in range(3)]
+            values = [(low + random.unit(batch, 2)).requires_grad_(backward) for low in (1, 0)]
+            g = states[1].detach() + random(batch, 48, grid, grid)  # partly along v: the sums do not nearly cancel
+            return [*states, *values, CHANNELS, *([[g]] if backward else [])]
 
+        # forward reads x, v and v_weak, writes x'; backward reads g, v and v_weak, writes dv and dv_weak (dx is g)
+        moved = 4 + 5 if backward else 4
         bench.operation(
             Operation(
-                *("sampling", "guided update", f"[{batch}, 48, {grid}, {grid}]", short(dtype)),
-                variants(bench, "guided update", "guided_update", False),
+                *("sampling", "guided update" + (" fwd+bwd" if backward else "")),
+                *(f"[{batch}, 48, {grid}, {grid}]", short(dtype)),
+                variants(bench, "guided update", "guided_update", backward),
                 *(make, batch),
-                nbytes=4 * batch * 48 * grid**2 * dtype.itemsize,
+                nbytes=moved * batch * 48 * grid**2 * dtype.itemsize,
             )
         )
+
+
+def forward(model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT) -> Callable[..., Tensor]:
+    """``run(z, tau, y)``: the velocity, under autocast in ``dtype``; for inputs in float64 that of ``exact`` in it."""
+
+    def run(z: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+        wide = z.dtype == torch.float64
+        chosen = copy.deepcopy(exact).double() if wide else model
+        with torch.no_grad(), torch.autocast(z.device.type, dtype, enabled=dtype is not None and not wide):
+            return chosen(z, tau, y)
+
+    return run
 
 
 def run(bench: Bench) -> None:
     guided_update(bench)
     size, batch = ("tiny", 4) if bench.small else ("XL", 128)
-    names = ("ours eager",) if bench.small else ("pytorch regional", "ours regional", "ours fp8")
-    calls, models = {}, {}
+    names = ("pytorch eager", "ours eager") if bench.small else ("pytorch regional", "ours regional", "ours fp8")
+    models: dict[str, LightningDiT] = {}
+    calls: dict[str, Callable[..., Tensor]] = {}
+    tau = torch.full((batch, 2), 0.5, device=bench.device)
+    z, y, _ = latents(configuration(size, batch, names[0]), bench.device, 1)[0]
+
+    def build(variant: str, changes: dict, prepared: bool) -> tuple[LightningDiT, torch.dtype | None]:
+        config = config_from_dict(changes, configuration(size, batch, variant))
+        torch.manual_seed(0)
+        model = build_model(config)
+        randomize(model)
+        model = model.to(bench.device).eval().requires_grad_(False)
+        precision = config.train.precision
+        if prepared:
+            dtype = prepare_sampling(model, batch, precision, bench.device)
+        else:
+            dtype = choose_autocast(precision, bench.device)
+            model.choose_attention(batch, dtype or torch.float32, gradient=False)
+        compile_in_place(model, config.train.compile)
+        return model, dtype
+
     for name in names:
         if bench.time_is_up(f"sampling {name}"):
             break
-        config = configuration(size, batch, name)
-        torch.manual_seed(0)
-        precision = config.train.precision
         try:
-            model = build_model(config).to(bench.device).eval().requires_grad_(False)
-            if name.startswith("ours"):
-                dtype = prepare_sampling(model, batch, precision, bench.device)
-            else:
-                dtype = choose_autocast(precision, bench.device)
-                model.choose_attention(batch, dtype or torch.float32, gradient=False)
-            compile_in_place(model, config.train.compile)
-            z, y, _ = latents(config, bench.device, 1)[0]
-            tau = torch.full((batch, 2), 0.5, device=bench.device)
-
-            def call(model=model, dtype=dtype, z=z, y=y, tau=tau) -> None:  # type: ignore[no-untyped-def]
-                with torch.no_grad(), torch.autocast(bench.device.type, dtype, enabled=dtype is not None):
-                    model(z, tau, y)
-
-            call()
+            model, dtype = build(name, {}, name.startswith("ours"))
+            call = forward(model, dtype, next(iter(models.values()), model))
+            call(z, tau, y)
         except UserError as error:
             bench.skip(f"sampling {name}", str(error))
             continue
         calls[name], models[name] = call, model
-    times = bench.interleaved(calls, warm=2) if calls else {}
+    if not calls:
+        return
+    errors = check({name: call for name, call in calls.items() if "fp8" not in name}, [z, tau, y])
+    if "ours fp8" in calls:  # against fp8 in plain PyTorch
+        changes = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"compile": "off"}}
+        plain = forward(*build("ours fp8", changes, True), next(iter(models.values())))
+        errors |= check({"reference": plain, "ours fp8": calls["ours fp8"]}, [z, tau, y])
+        del plain
+    times = bench.interleaved({name: lambda call=call: call(z, tau, y) for name, call in calls.items()}, warm=2)
     for name, values in times.items():
         precision = "fp8" if "fp8" in name else "fp32" if bench.small else "bf16"
-        note = backends(models[name])
         bench.add(
             *("sampling", f"forward {size}", name, f"batch {batch}", precision, summarize(values)),
             flops=forward_flops(models[name]) * batch,
             images=batch,
-            note=note,
+            note=f"error {errors[name]:.1e}; {backends(models[name])}",
         )
     del calls, models
     gc.collect()

@@ -17,9 +17,9 @@ def run(bench: Bench) -> None:
     for work in works.values():
         schedules = {"synchronous": synchronous(work.config), "learned": learned_schedule(work.config)}
         calls = {name: (lambda s=schedule, work=work: work.step(s)) for name, schedule in schedules.items()}
-        # blocks of five steps of one kind: single steps would each overlap the other kind's work on the host
-        times = bench.interleaved(calls, rounds=8 if not bench.small else 3, warm=1, inner=5)
-        overhead = paired_overhead(times["synchronous"], times["learned"])
+        # turns of four steps of one kind: single steps would each overlap the other kind's work on the host
+        times = bench.interleaved(calls, rounds=10 if not bench.small else 3, warm=1, inner=4)
+        overhead = paired_overhead(times["synchronous"], times["learned"], 4)
         text = f"overhead {overhead.mean:+.3%}, 95 % interval {overhead.low:+.3%} to {overhead.high:+.3%}"
         for name, values in times.items():
             note = text if name == "learned" else ""

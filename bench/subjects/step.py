@@ -1,5 +1,8 @@
 """A whole training step (times, noising, network, loss, backward, clip, AdamW, EMA): PyTorch compiled, and ours.
 
+Before a plan is timed, the gradient that its variants give the patch embedding is compared, and the loss that they end
+the warm-up with: recorded steps give the latter from the recording.
+
 L's MLPs are 2,730 wide, a width that GEMMs are slow at.  PyTorch's variants compute them as published, since that is
 what its users have; ours compute them 2,752 wide, with zeros (fastasync_kernels.zeros).  A row's note says the width.
 """
@@ -7,10 +10,12 @@ what its users have; ours compute them 2,752 wide, with zeros (fastasync_kernels
 from __future__ import annotations
 
 import gc
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from bench.harness import Bench, summarize
+from bench.harness import Bench, WrongResult, summarize
 from bench.workload import Work, backends, configuration, latents, learned_schedule, make_work
 from fastasync.errors import UserError
 from fastasync.model import train_flops
@@ -29,11 +34,58 @@ PLANS = (
     ("XL", 256, ("ours regional", "ours regional plain MLP")),
     ("L", 256, ("ours fp8",)),
 )
+# How far a variant may be from the plan's first one, as a share: gradient and loss.  Three to six times what rounding
+# does to 28 blocks of width 64 on a CPU, against float32 (bf16: 0.8 % and 0.02 %; fp8: 4.3 % and 0.3 %; by a script
+# that was not kept).  There queries of 1.1 times their size make 4.7 % of gradient, a SwiGLU gradient of 0.9 times its
+# size 3.6 %, GELU in SwiGLU's place 8.3 %, no RoPE 26 %.  So fp8's bound finds coarse faults only: its casts are
+# compared bit by bit in the subject fp8_casts.
+APART = {"bf16": (0.03, 1e-3), "fp8": (0.13, 1e-2)}
+
+
+class Start(NamedTuple):
+    """A variant's warm-up: the gradient of the patch embedding in its first step, the terms of its last one."""
+
+    gradient: Tensor
+    terms: Tensor
+
+
+def warm_up(work: Work) -> Start:
+    """Compiles, tunes, makes the optimizer's state, records; the learning rate is zero, and the weights stay.
+
+    The same step each time: a schedule that is new begins with the first batch.  The patch embedding's gradient comes
+    through everything that a step computes, forward and backward.
+    """
+    gradients: list[Tensor] = []
+    weight = work.engine.model.x_embedder.proj.weight
+    hook = weight.register_hook(lambda gradient: gradients.append(gradient.detach().float().clone()))
+    try:
+        work.step(learned_schedule(work.config), 0.0)
+    finally:
+        hook.remove()
+    for _ in range(4):
+        terms = work.step(learned_schedule(work.config), 0.0)
+    if not bool(torch.isfinite(terms).all()):
+        raise ArithmeticError(f"the loss is {terms.tolist()}")
+    return Start(gradients[0], terms.clone())
+
+
+def compare(bench: Bench, label: str, starts: dict[str, Start], fp8: bool) -> None:
+    """The last variant's first gradient, and its loss, with those of the first variant.  Raises WrongResult."""
+    first, *_, last = starts
+    exact, found = starts[first], starts[last]
+    gradient = float((found.gradient - exact.gradient).norm() / exact.gradient.norm())
+    loss = abs(float(found.terms[0] / exact.terms[0]) - 1)
+    told = f"{label}: gradient {gradient:.2%} and loss {loss:.3%} from {first}'s"
+    bench.say(f"  {told}")
+    most, at_loss = APART["fp8" if fp8 else "bf16"]
+    if not (gradient <= most and loss <= at_loss):  # NaN included
+        raise WrongResult(f"{told}, at most {most:.0%} and {at_loss:.1%} are allowed")
 
 
 def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, ...]) -> dict[str, Work]:
     """The variants' steps, on shared parameters; what cannot run here is left out and said."""
     works: dict[str, Work] = {}
+    starts: dict[str, Start] = {}
     data = None
     for name in names:
         label = f"{subject} {size} {name}"
@@ -45,10 +97,7 @@ def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, .
             work = make_work(config, bench.device, data, list(works.values()))
             if works and config.model.mlp == "plain" and "quack" not in map(chosen_mlp, works.values()):
                 raise UserError("model.mlp", "plain", "no other variant has another")
-            for _ in range(5):  # compiles, tunes, makes the optimizer's state, records
-                loss = work.step(learned_schedule(config))
-            if not bool(torch.isfinite(loss).all()):
-                raise ArithmeticError(f"the loss is {loss.tolist()}")
+            starts[name] = warm_up(work)
         except UserError as error:
             bench.skip(label, str(error))
             continue
@@ -56,6 +105,8 @@ def build(bench: Bench, subject: str, size: str, batch: int, names: tuple[str, .
             bench.skip(label, f"{type(error).__name__}: {str(error)[:200]}")
             continue
         works[name] = work
+        if len(works) > 1:
+            compare(bench, label, starts, any(each.config.train.precision == "fp8" for each in works.values()))
     return works
 
 
