@@ -66,7 +66,7 @@ def _load_rows(x_ptr, row, rows, x_row, C: tl.constexpr, WIDE: tl.constexpr, TAI
     pieces = ()
     for start in tl.static_range(0, C, WIDE):
         column = _piece(start, C, WIDE, TAIL)
-        pieces += (tl.load(source + column, (row < rows) & (column < C), 0.0),)
+        pieces += (tl.load(source + column, (row < rows) & (column < C), 0.0),)  # type: ignore[assignment]
     return pieces
 
 
@@ -93,7 +93,7 @@ def _store_rows(place, row, values, rows):
 def _no_tops(ROWS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.constexpr):
     tops = ()
     for start in tl.static_range(0, C, WIDE):
-        tops += (tl.zeros([ROWS, WIDE if start + WIDE <= C else TAIL], tl.float32),)
+        tops += (tl.zeros([ROWS, WIDE if start + WIDE <= C else TAIL], tl.float32),)  # type: ignore[assignment]
     return tops
 
 
@@ -101,7 +101,7 @@ def _no_tops(ROWS: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr, TAIL: tl.c
 def _larger(tops, pieces):
     larger = ()
     for i in tl.static_range(len(pieces)):
-        larger += (tl.maximum(tops[i], tl.abs(pieces[i].to(tl.float32))),)
+        larger += (tl.maximum(tops[i], tl.abs(pieces[i].to(tl.float32))),)  # type: ignore[assignment]
     return larger
 
 
