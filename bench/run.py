@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is called compiled goes on eagerly
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     rounds = 3 if device.type == "cpu" and arguments.rounds == 20 else arguments.rounds
     bench = Bench(device, rounds, deadline, sink, sizes=sizes, variants=variants, batch=arguments.batch)

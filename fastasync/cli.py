@@ -246,10 +246,11 @@ def _stage(arguments: argparse.Namespace) -> int:
         stages.check_sampling(Run(out, config))
     if arguments.command in ("train", "run"):
         check_engine(config)
-        root = out / checkpoint.FOLDER
-        done = max((step for step, _ in checkpoint.steps(root) if checkpoint.saved_at(root, step)), default=0)
-        if done > config.train.steps:
-            raise UserError("train.steps", config.train.steps, f"the run is at step {done} already; give at least that")
+        done = checkpoint.whole(out / checkpoint.FOLDER)
+        if done and done[-1][0] > config.train.steps:
+            raise UserError(
+                "train.steps", config.train.steps, f"the run is at step {done[-1][0]} already; give at least that"
+            )
     run = session().main_first(Run(out, config).create)
     if arguments.command == "run":
         stages.run_all(run, oracle=arguments.oracle)

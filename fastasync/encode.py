@@ -393,6 +393,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def encode_command(arguments: argparse.Namespace) -> int:
     """Run ``encode``; 0 when this rank's shards are finished.  Raises UserError."""
+    if arguments.repa_weights and not arguments.repa_vit:
+        remedy = "needs --repa-vit, the name of its network, such as vit_base_patch14_reg4_dinov2"
+        raise UserError("--repa-weights", arguments.repa_weights, remedy)
     rank = _from_environment(arguments.rank, 0, "RANK", "SLURM_PROCID")
     world = _from_environment(arguments.world, 1, "WORLD_SIZE", "SLURM_NTASKS")
     source = require_checked(
@@ -400,9 +403,6 @@ def encode_command(arguments: argparse.Namespace) -> int:
     )
     local = _from_environment(None, 0, "LOCAL_RANK", "SLURM_LOCALID")
     device = checked_device(arguments.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
-    if arguments.repa_weights and not arguments.repa_vit:
-        remedy = "needs --repa-vit, the name of its network, such as vit_base_patch14_reg4_dinov2"
-        raise UserError("--repa-weights", arguments.repa_weights, remedy)
     bundle, features = _bundle(arguments), None
     if arguments.repa_vit:
         from fastasync.representations.vit import FrozenViT, TokenFeatures

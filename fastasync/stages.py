@@ -141,15 +141,15 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
 
 def check_same_latents(run: Run) -> None:
     """UserError where the run's newest checkpoint is of other latents than its data.root holds now."""
-    config, root = run.config, run.path / checkpoint.FOLDER
-    known = [path for step, path in checkpoint.steps(root) if checkpoint.saved_at(root, step)]
+    config, known = run.config, checkpoint.whole(run.path / checkpoint.FOLDER)
     if config.data.dataset != "latents" or not known:
         return
-    trained = checkpoint.read_state(known[-1]).statistics
+    newest = known[-1][1]
+    trained = checkpoint.read_state(newest).statistics
     with open_latents(config.data.root, classes=config.model.classes) as latents:
         found = latents.statistics_fingerprint
     if found != trained:
-        what = f"has latents with statistics {found[:12]}, {known[-1].name} was trained on {trained[:12]}"
+        what = f"has latents with statistics {found[:12]}, {newest.name} was trained on {trained[:12]}"
         raise UserError("data.root", config.data.root, f"{what}: give their folder, or another --out")
 
 

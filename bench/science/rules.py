@@ -19,8 +19,9 @@ from fastasync.probe.generation import gentle_score
 from fastasync.probe.surface import path_gap
 from fastasync.schedule import kinetic_energy, load_schedule, named_schedule
 
-EARLIER = ("independent", "by distance alone")  # variants: C as it was until 2026-11-26, and until that day's evening
-OWN = "for 25 steps"  # C scored by as many steps as the sampler's finest grid has: tried on seeds 3 to 8, not better
+# variants: C scored by as many steps as the sampler's finest grid has (tried on seeds 3 to 8, not better), and as it
+# was until 2026-11-26, and until that day's evening
+EARLIER = ("for 25 steps", "independent", "by distance alone")
 
 
 def scan_jobs(ledger: Ledger) -> list[Job]:
@@ -136,7 +137,7 @@ def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
 
 def _choices(ledger: Ledger) -> Section:
     rows = []
-    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), *(("C", name) for name in (OWN, *EARLIER))):
+    for rule, variant in (*((rule, "base") for rule in ledger.study.rules), *(("C", name) for name in EARLIER)):
         first = None
         for seed in ledger.seeds:
             spec = Spec(rule, seed, probe=variant)
@@ -171,7 +172,7 @@ def _report(ledger: Ledger) -> Report:
     study = ledger.study
     schedules = dict.fromkeys(["synchronous", *ledger.rivals(), *study.rules])
     rows = []
-    others = [Spec("C", 0, probe=variant) for variant in (OWN, *EARLIER) if variant in study.probes]
+    others = [Spec("C", 0, probe=variant) for variant in EARLIER if variant in study.probes]
     for spec in (*(Spec(name, 0) for name in schedules), *others):
         row = {"schedule": spec.label, **fids(ledger, spec, study.headline)}
         if any(row[sampler] for sampler in study.headline):
@@ -180,7 +181,7 @@ def _report(ledger: Ledger) -> Report:
                        ["schedule", *study.headline, "all"], rows)  # fmt: skip
     pairs, sentences = [], []
     best = ledger.best_fixed() or {}
-    for spec in (*(Spec(rule, 0) for rule in study.rules), *others[:1]):
+    for spec in (Spec(rule, 0) for rule in study.rules):
         for sampler in study.headline:
             for rival in dict.fromkeys([best.get(sampler), "synchronous"]):
                 found = against(ledger, spec, Spec(rival, 0), study.steps, sampler) if rival else None

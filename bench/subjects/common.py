@@ -49,9 +49,8 @@ def variants(
 
     ``bias``: the last argument is the bias of the linear before it, whose gradient the operation gives, as in
     training.  ``options`` are bound to the operation.  The compiled reference is left out on a CPU, where it would time
-    a C++ compiler's work; where it would be compiled anew too often it is an error, as it would go on eagerly.
+    a C++ compiler's work.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
 
     def of(module: Any) -> Callable[..., Any]:
         function = getattr(module, name)

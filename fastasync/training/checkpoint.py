@@ -357,7 +357,7 @@ def verify(path: str | Path) -> int:
     if not path.is_dir():
         raise UserError("checkpoint", path, "no such folder")
     reason = fault(path)
-    if reason and _step_of(path) is None:
+    if reason and _step_of(path) is None and not (path / MANIFEST).exists():
         raise UserError("checkpoint", path, "holds none: give a run, its checkpoints, or one of them (step_...)")
     if reason:
         raise UserError("checkpoint", path, f"damaged: {reason}; use another one")
@@ -370,6 +370,11 @@ def saved_at(root: Path, step: int) -> Path | None:
     """The checkpoint of ``step`` if it is whole; its hashes, which take seconds, are not compared."""
     path = root / f"step_{step:08d}"
     return path if fault(path, hashes=False) is None else None
+
+
+def whole(root: Path) -> list[tuple[int, Path]]:
+    """The whole checkpoints under ``root``, oldest step first; hashes are not compared."""
+    return [each for each in steps(root) if fault(each[1], hashes=False) is None]
 
 
 class Newest(NamedTuple):

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -56,3 +56,26 @@ def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Ten
 @pytest.fixture(name="compile_parts")
 def compile_parts_fixture() -> Callable[[LightningDiT, str], None]:
     return compile_parts
+
+
+def kept_bytes(model: LightningDiT, inputs: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> int:
+    """Bytes that autograd keeps for the backward pass under autocast to ``dtype``, each storage once, no parameters."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    half = torch.autocast(inputs[0].device.type, dtype, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), half:
+        out = model(*inputs)
+    del out
+    return sum(kept.values())
+
+
+@pytest.fixture(name="kept_bytes")
+def kept_bytes_fixture() -> Callable[..., int]:
+    return kept_bytes

@@ -151,30 +151,13 @@ def test_fp8_with_hints_compiled_and_recomputed(fp8, compiled, recompute):
     assert counters["stats"]["unique_graphs"] == {"": 0, "blocks": 2, "model": 1}[compiled]
 
 
-def kept_bytes(model, inputs):
-    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(*(part.to(DEVICE) for part in inputs))
-    del out
-    return sum(kept.values())
-
-
-def test_recomputation_keeps_less(build, batch):
+def test_recomputation_keeps_less(build, batch, kept_bytes):
     model = build(2, kernels="reference", width=64, depth=4).to(DEVICE)
     inputs = batch(model, 4)
     kept = {}
     for what in ("none", "full"):
         model.set_recompute(what)
-        kept[what] = kept_bytes(model, inputs)
+        kept[what] = kept_bytes(model, [part.to(DEVICE) for part in inputs])
     assert kept["full"] < 0.4 * kept["none"]
     with pytest.raises(ValueError, match="selective"):
         model.set_recompute("some")

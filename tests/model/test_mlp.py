@@ -183,20 +183,6 @@ def test_frozen_and_compiled(quack, model, batch):
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def kept_bytes(model, inputs):
-    """Bytes that autograd keeps for the backward pass, each storage once, without the parameters."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(inputs[0].device.type, HALF):
-        out = model(*inputs)
-    del out
-    return sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_quack_itself_with_frozen_weights(build, batch, compiled):
@@ -240,12 +226,12 @@ def test_quack_itself(build, batch, compiled):
     assert_close(outputs(model, model, inputs), truth)
 
 
-def test_it_keeps_one_hidden_width_less(quack, build, batch):
+def test_it_keeps_one_hidden_width_less(quack, build, batch, kept_bytes):
     model = build(1, grid=8, depth=1, width=32, mlp_multiple=8, patch=1)
     inputs, kept, estimates = batch(model, 16), {}, {}
     for mlp in ("plain", "quack"):
         model._ops = select_ops("reference", torch.device("cpu"), "sdpa", mlp)
-        kept[mlp], estimates[mlp] = kept_bytes(model, inputs), activation_memory(model, 16)
+        kept[mlp], estimates[mlp] = kept_bytes(model, inputs, HALF), activation_memory(model, 16)
     plane = 16 * 64 * 88 * 2
     assert estimates["plain"] - estimates["quack"] == plane
     assert kept["plain"] - kept["quack"] >= plane
@@ -253,7 +239,7 @@ def test_it_keeps_one_hidden_width_less(quack, build, batch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mlp", ["plain", "quack"])
-def test_recomputed_whole_a_compiled_block_keeps_its_inputs_alone(build, batch, mlp):
+def test_recomputed_whole_a_compiled_block_keeps_its_inputs_alone(build, batch, kept_bytes, mlp):
     """At XL's shapes, where Inductor's partition would keep products: an additional block adds x and y, 2 widths."""
     if mlp == "quack" and (reason := gated_mlp.refusal("cuda", HALF, gated_mlp.Shape(4096, 1152, 3072, 1152))):
         pytest.skip(f"quack {reason}")
@@ -266,7 +252,7 @@ def test_recomputed_whole_a_compiled_block_keeps_its_inputs_alone(build, batch, 
         model.set_recompute("full")
         for block in model.blocks:
             block.compile(fullgraph=True, dynamic=False)
-        kept[depth] = kept_bytes(model, [part.cuda() for part in batch(model, 16)])
+        kept[depth] = kept_bytes(model, [part.cuda() for part in batch(model, 16)], HALF)
     assert (kept[4] - kept[2]) / 2 < 2.5 * 1152 * 16 * 256 * 2
 
 

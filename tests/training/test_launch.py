@@ -115,9 +115,8 @@ def test_a_hostfile_of_two_nodes(tmp_path, stand_ins, started):
 
 def test_the_probe_under_deepspeed(tmp_path, started):
     """Two ranks on this machine: the first one learns the schedule, both end well."""
-    pytest.importorskip("deepspeed")
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", free_port()]
+    launcher = deepspeed(tmp_path / "no hostfile", "--num_gpus", 2, "--master_port", free_port())
     settings = [*SETTINGS, "schedule.name=learned", "train.steps=400", "probe.estimator=B", "probe.budget=1.0"]
     settings += ["probe.depth=1", "probe.width=16", "probe.heads=1"]
     probe = ["--module", "fastasync", "probe", "--preset=digits", f"--out={out}"]
