@@ -51,6 +51,7 @@ class Representations:
     decoder: str = ""  # data.dataset=latents: the autoencoder's weights file, or a representation's name
     encoder_steps: int = _number(0, 0)  # of the classifiers; 0: the data set's recipe
     semvae_steps: int = _number(0, 0)  # 0: the data set's recipe
+    denoiser_steps: int = _number(0, 0)  # of a network that takes a sampler's noise out of texture's images; 0: none
 
 
 @dataclass(frozen=True)

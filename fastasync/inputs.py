@@ -106,7 +106,7 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
     for name in reps.names:
         if name not in registered():
             raise unknown_name("representations.names", name, registered())
-    recipe = _recipe(config)
+    recipe = _recipe(config, images.image_shape)
     with torch.device("meta"):
         encoder = Classifier(images.image_shape, images.classes, recipe.classifier.widths, recipe.grid)
     parts = [
@@ -148,16 +148,20 @@ def check_decoder(config: Config, latents: MappedLatents) -> None:
 # --- images ------------------------------------------------------------------------------------------------------
 
 
-def _recipe(config: Config) -> Recipe:
+def _recipe(config: Config, image_shape: ImageShape) -> Recipe:
     """The data set's recipe with what the configuration changes of it."""
     reps = config.representations
     channels = dict(zip(reps.names, reps.channels))
+    pixels = image_shape[0] * (image_shape[1] // reps.grid) ** 2  # of a patch
+    texture = channels.get("texture", pixels)
     recipe = make_recipe(
         config.data.dataset,
         reps.names,
         encoder_steps=reps.encoder_steps or None,
         semvae_steps=reps.semvae_steps or None,
         semantic_channels=channels.get("semantic"),
+        texture_channels=texture if texture < pixels else None,  # their principal components
+        denoiser_steps=reps.denoiser_steps,
     )
     return replace(recipe, grid=reps.grid)
 
@@ -175,7 +179,7 @@ def _from_images(run: Run, device: torch.device, say: Say) -> Inputs:
         run.prepared,
         reps.names,
         test_set=test,
-        recipe=_recipe(config),
+        recipe=_recipe(config, train.image_shape),
         plugins=[reps.plugin] if reps.plugin else [],
         seed=config.data.seed,
         device=device,

@@ -56,6 +56,11 @@ _IMAGENET: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, Preset] = {
     "digits": Preset("scikit-learn's 8x8 digits, 0.7M parameters, 2 CPU cores, minutes", None, _DIGITS),
     "cifar10": Preset("CIFAR-10 at 32x32, 10M parameters, one GPU, minutes", None, _CIFAR10),
+    "cifar10-components": Preset(
+        "the same with textures of 24 principal components, decoded with a denoiser",
+        "cifar10",
+        {"representations": dict(channels=[24, 16], denoiser_steps=2000)},
+    ),
     "imagenet256-xl": Preset("ImageNet 256 latents, LightningDiT-XL/1, 80 epochs", None, _IMAGENET),
     "imagenet256-s": Preset("the same with LightningDiT-S/1", "imagenet256-xl", {"model": dict(size="S")}),
     "imagenet256-b": Preset("the same with LightningDiT-B/1", "imagenet256-xl", {"model": dict(size="B")}),

@@ -93,6 +93,18 @@ def test_generation_in_the_loop_and_the_oracle(tmp_path, capsys):
     assert "estimator C" in capsys.readouterr().out
 
 
+def test_texture_by_components_with_a_denoiser(tmp_path):
+    out = tmp_path / "components"
+    more = ["representations.channels=3,8", "representations.denoiser_steps=5", "schedule.name=offset:0.3"]
+    assert main(arguments(out, *more, "schedule.baselines=")) == 0
+    made = json.loads((out / "prepared" / "prepared.json").read_text())
+    assert made["identity"]["options"]["texture"] == {"channels": 3, "denoiser": {"steps": 5}}
+    figures = made["parts"]["representation-texture.safetensors"]
+    assert 0.8 < figures["explained"] < 1
+    assert 0 < figures["mse"] < 1
+    assert (out / "report.html").is_file()
+
+
 def test_an_interrupted_probe_of_another_length_is_named_and_kept(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
 

@@ -25,9 +25,9 @@ def test_every_preset_builds_its_network():
     """On the meta device.  The published sizes are counted by hand in tests/model; each row names the right one."""
     xl = 682_765_424
     expected = {
-        "digits": 723_884, "cifar10": 9_889_600, "imagenet256-xl": xl, "imagenet256-s": 39_483_824,
-        "imagenet256-b": 137_632_304, "imagenet256-l": 465_533_712, "imagenet256-xxl": 1_037_191_472,
-        "imagenet256-xl-sfd": xl, "autoguidance-b": 130_287_408,
+        "digits": 723_884, "cifar10": 9_889_600, "cifar10-components": 9_877_288, "imagenet256-xl": xl,
+        "imagenet256-s": 39_483_824, "imagenet256-b": 137_632_304, "imagenet256-l": 465_533_712,
+        "imagenet256-xxl": 1_037_191_472, "imagenet256-xl-sfd": xl, "autoguidance-b": 130_287_408,
     }  # fmt: skip
     with torch.device("meta"):
         found = {name: parameter_count(build_model(preset(name))) for name in PRESETS}

@@ -219,9 +219,10 @@ _POWERS = ("power:1.5", "power:2", "power:3", "power:4", "power:5")
 _THIRD_ROLES = "representations.roles=lags,free,leads"
 
 
-def _integrators(intervals: int) -> tuple[str, ...]:
-    """What question 8 compares at so many intervals: the grid's own last step, and three that every schedule shares."""
-    return tuple(f"heun_euler{2 * intervals - 1}{last}" for last in ("", "@0.2", "@0.3", "@0.4"))
+def _integrators(intervals: int, last_steps: Sequence[float] = (0.2, 0.3, 0.4)) -> tuple[str, ...]:
+    """What question 8 compares at so many intervals: the grid's own last step, and those that every schedule shares."""
+    name = f"heun_euler{2 * intervals - 1}"
+    return (name, *(f"{name}@{last}" for last in last_steps))
 
 
 STUDIES = {
@@ -298,3 +299,9 @@ STUDIES = {
         sample_batch=100,
     ),
 }
+STUDIES["cifar10-components"] = replace(
+    STUDIES["cifar10"],
+    preset="cifar10-components",
+    integrators=tuple(_integrators(intervals, (0.06, 0.12, 0.2)) for intervals in (9, 25)),
+    third=("representations.names=texture,lowfreq,semantic", "representations.channels=24,3,16", _THIRD_ROLES),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -132,6 +132,18 @@ def build(
         )
     representation.options = options
     return representation.requires_grad_(False).eval()
+
+
+Settings = TypeVar("Settings")
+
+
+def named_settings(kind: type[Settings], what: str, values: Mapping[str, Any] | None) -> Settings:
+    """A dataclass of settings with what ``values`` changes of its defaults.  UserError that names an unknown field."""
+    known = list(inspect.signature(kind).parameters)
+    for key in values or {}:
+        if key not in known:
+            raise unknown_name(f"{what} setting", key, known)
+    return kind(**(values or {}))
 
 
 def load_plugin(path: str | Path) -> tuple[str, ...]:

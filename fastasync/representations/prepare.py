@@ -63,6 +63,8 @@ def make_recipe(
     encoder_steps: int | None = None,
     semvae_steps: int | None = None,
     semantic_channels: int | None = None,
+    texture_channels: int | None = None,
+    denoiser_steps: int = 0,
 ) -> Recipe:
     """The set's row of RECIPES for ``names``, with what is given changed.  UserError when the set has no row."""
     if dataset not in RECIPES:
@@ -70,6 +72,10 @@ def make_recipe(
     row = RECIPES[dataset]
     classifier = row.classifier if encoder_steps is None else replace(row.classifier, steps=encoder_steps)
     options = {name: dict(row.options.get(name, {})) for name in names}
+    if "texture" in options and texture_channels is not None:
+        options["texture"]["channels"] = texture_channels
+    if "texture" in options and denoiser_steps:
+        options["texture"]["denoiser"] = {"steps": denoiser_steps}
     if "semantic" in options:
         if semantic_channels is not None:
             options["semantic"]["channels"] = semantic_channels

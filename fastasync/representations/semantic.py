@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastasync.errors import UserError, unknown_name
-from fastasync.representations.base import ImageShape, Representation, register
+from fastasync.errors import UserError
+from fastasync.representations.base import ImageShape, Representation, named_settings, register
 from fastasync.representations.classifier import Classifier
 from fastasync.representations.semvae import SemVAE, SemVAESettings, reconstruction, train_semvae
 from fastasync.representations.texture import to_float
@@ -33,13 +32,9 @@ class Semantic(Representation):
         semvae: dict[str, Any] | None = None,
     ):
         super().__init__(image_shape, grid)
-        known = [field.name for field in fields(SemVAESettings)]
-        for key in semvae or {}:
-            if key not in known:
-                raise unknown_name("semvae setting", key, known)
         if encoder.grid != grid:
             raise UserError("grid", grid, f"the encoder's feature map has side {encoder.grid}")
-        self.channels, self.settings = channels, SemVAESettings(**(semvae or {}))
+        self.channels, self.settings = channels, named_settings(SemVAESettings, "semvae", semvae)
         self.encoder = encoder
         s = self.settings
         self.vae = SemVAE(encoder.map_channels, channels, grid, s.width, s.depth, s.heads)

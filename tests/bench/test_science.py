@@ -118,7 +118,7 @@ def test_samplers_and_seeds():
             config = each.config(Spec("synchronous", seed))
             assert config.sample.seed == SAMPLE_SEED + seed
             assert config.sample.seed != each.probe_config("C", "base", seed).probe.seed
-        assert len(each.fixed) >= (14 if name == "cifar10" else 7)
+        assert len(each.fixed) >= (7 if name == "digits" else 14)
         for size in each.sizes:
             for variant in each.probes:
                 each.config(Spec("C", 0, size=size, probe=variant))

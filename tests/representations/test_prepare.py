@@ -109,6 +109,21 @@ def test_mirrored_images_become_the_second_view(sets, tmp_path):
     assert ready.bundle.statistics == load_prepared(tmp_path / "p").bundle.statistics
 
 
+def test_principal_components_are_restored(sets, tmp_path):
+    recipe = replace(RECIPE, options={"texture": {"channels": 3}})
+    parts = _prepare(sets, tmp_path / "p", names=("texture", "lowfreq"), recipe=recipe)["parts"]
+    ready = load_prepared(tmp_path / "p")
+    assert ready.bundle.channels == (3, 1)
+    raw = ready.bundle.encode(sets[0].images)
+    torch.testing.assert_close(ready.bundle.normalise(raw), ready.latents.z, rtol=1e-4, atol=1e-5)
+    # what three of four components leave is the rest of the variance, in units of 1 / 127.5, and rounding
+    difference = ready.bundle.decode(ready.latents.z).double() - sets[0].images
+    explained = parts["representation-texture.safetensors"]["explained"]
+    patches = torch.nn.functional.pixel_unshuffle(sets[0].images.double(), 2)
+    assert 0.8 < explained < 1
+    assert difference.square().mean() <= (1 - explained) * patches.var((0, 2, 3), correction=0).mean() + 1 / 12
+
+
 def test_running_again_changes_nothing(sets, copy):
     before, times = _hashes(copy), {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
     _prepare(sets, copy)

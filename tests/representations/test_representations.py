@@ -76,6 +76,40 @@ def test_texture_decoding_clamps():
     assert texture.decode(torch.full((1, 4, 4, 4), -9.0)).unique().tolist() == [0]
 
 
+def test_texture_by_principal_components():
+    """Patches that are mixtures of two patterns: two components hold them, uncorrelated, and give them back."""
+    generator = torch.Generator().manual_seed(0)
+    flat, stripes = torch.full((2, 2), 40.0), torch.tensor([[12.0, -12.0], [12.0, -12.0]])
+    weights = torch.randn(2, 300, 1, 4, 1, 4, 1, generator=generator).clamp(-2.5, 2.5)
+    pixels = 128 + weights[0] * flat[:, None, :] + weights[1] * stripes[:, None, :]
+    images = pixels.reshape(300, 1, 8, 8).round().byte()
+    texture = build("texture", DIGIT, 4, channels=2)
+    assert texture.fit(images, 0)["explained"] == pytest.approx(1, abs=2e-4)  # the rest is rounding
+    torch.testing.assert_close(texture.basis @ texture.basis.T, torch.eye(2))
+    torch.testing.assert_close(texture.basis[0], torch.full((4,), 0.5), atol=2e-2, rtol=0)
+    latents = texture.encode(images)
+    assert latents.shape == (300, 2, 4, 4)
+    assert latents.dtype == torch.float32
+    rows = latents.movedim(1, -1).flatten(0, -2).double()
+    covariance = rows.T @ rows / len(rows)
+    torch.testing.assert_close(rows.mean(0), torch.zeros(2).double(), atol=1e-6, rtol=0)
+    assert abs(covariance[0, 1]) < 1e-6 * covariance[0, 0]
+    assert covariance[0, 0] > covariance[1, 1]
+    assert (texture.decode(latents).int() - images.int()).abs().max() <= 2
+    again = build("texture", DIGIT, 4, channels=2)
+    again.fit(images.flip(0), 0)
+    assert torch.equal(again.basis, texture.basis)
+    assert again.fingerprint() == texture.fingerprint()
+    assert texture.fingerprint() != build("texture", DIGIT, 4).fingerprint()
+
+
+def test_all_principal_components_give_the_pixels_back():
+    images = _random_images(DIGIT, 200)
+    texture = build("texture", DIGIT, 4, channels=4)
+    assert texture.fit(images, 0) == {"explained": pytest.approx(1)}
+    assert torch.equal(texture.decode(texture.encode(images)), images)
+
+
 def test_lowfreq_keeps_the_mean_and_drops_the_detail():
     images = _random_images(PHOTO)
     low = build("lowfreq", PHOTO, 8)
