@@ -88,7 +88,8 @@ class ConvexSchedule(Schedule):
             else:
                 value, slope = _convex_basis(s if role == "lags" else 1 - s, self.knots)
             tau = value @ row
-            taus.append(1 - tau if role == "leads" else tau)
+            # the weights' sum is 1 but for its rounding: without the clamp a local time could start just below 0
+            taus.append((1 - tau if role == "leads" else tau).clamp(0, 1))
             slopes.append(slope @ row)
         return SchedulePoint(torch.stack(taus, -1), torch.stack(slopes, -1))
 

@@ -67,6 +67,18 @@ def test_convex_class_is_convex_monotone_and_ends_at_0_and_1(rows):
         assert schedule.lead() >= 0
 
 
+def test_local_times_of_the_convex_class_stay_inside_0_and_1():
+    """To the last bit: guidance in [0, 1] would leave out a representation whose time starts at -2e-16."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        schedule = convex_of((2 * torch.randn(3, 8, generator=generator, dtype=torch.float64)).tolist())
+        with torch.no_grad():
+            for s in (S, S.float()):
+                tau = schedule(s).tau
+                assert float(tau.min()) == 0.0
+                assert float(tau.max()) <= 1.0
+
+
 @pytest.mark.parametrize("schedule", all_schedules(), ids=lambda s: f"{s.kind}-{s.count}")
 def test_derivative_is_the_slope(schedule):
     s = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 0.98 + 0.01
