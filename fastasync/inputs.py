@@ -29,7 +29,7 @@ from fastasync.evaluation import (
     load_npz,
 )
 from fastasync.files import load_tensors, save_tensors, sha256_file, write_json
-from fastasync.probe import Scorer
+from fastasync.probe import REFERENCE_SAMPLES, Scorer, Selection
 from fastasync.representations import build
 from fastasync.representations.base import ImageShape, Representation, load_plugin, registered
 from fastasync.representations.bundle import only_decoder
@@ -70,8 +70,8 @@ def open_inputs(run: Run, device: torch.device, say: Say = print) -> Inputs:
     return _from_images(run, device, say)
 
 
-def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
-    """What can be said about the data before any work; returns the FLOPs of C's features for one image.
+def check_inputs(config: Config, latents: MappedLatents | None = None) -> Selection:
+    """What can be said about the data before any work; returns what C's scoring costs.
 
     ``latents``: the configuration's folder, where it is open already.
     Raises UserError: missing or damaged data, a batch larger than the set, other classes, unknown representations.
@@ -100,7 +100,7 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
     if config.data.flip and not mirrored:
         raise UserError("data.flip", "true", f"{where} has no mirrored images: set data.flip=false")
     if config.data.dataset == "latents":
-        return 0
+        return Selection()
     if reps.plugin:
         load_plugin(reps.plugin)
     for name in reps.names:
@@ -116,8 +116,8 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> int:
     if (found := tuple(part.channels for part in parts)) != reps.channels:
         wanted = f"the encoders give {','.join(map(str, found))} on representations.grid={reps.grid}"
         raise UserError("representations.channels", ",".join(map(str, reps.channels)), wanted)
-    only_decoder(parts)
-    return _selection_flops(encoder, images.image_shape)
+    flops = _selection_flops(encoder, only_decoder(parts))
+    return Selection(flops, min(count, REFERENCE_SAMPLES) * flops)
 
 
 def check_outputs(config: Config, stages: Sequence[str]) -> None:
@@ -215,14 +215,17 @@ def _scorer(prepared: Prepared) -> Scorer:
     def features(z: Tensor) -> Tensor:
         return extractor(prepared.bundle.decode(z))
 
-    return Scorer.of(features, prepared.latents, flops=_selection_flops(prepared.encoder, prepared.bundle.image_shape))
+    return Scorer.of(features, prepared.latents, flops=_selection_flops(prepared.encoder, prepared.bundle.decoder))
 
 
-def _selection_flops(encoder: Classifier, image_shape: ImageShape) -> int:
-    """FLOPs of one image's features, so that selecting counts against the probe's budget too."""
-    device = next(encoder.parameters()).device
+def _selection_flops(encoder: Classifier, decoder: Representation) -> int:
+    """FLOPs of one image from its latents and of its features, so that selecting counts against the budget too."""
+    state = [*decoder.parameters(), *decoder.buffers()]
+    latents = torch.zeros(1, decoder.channels, decoder.grid, decoder.grid, device=state[0].device if state else "cpu")
+    images = torch.zeros(1, *decoder.image_shape, device=next(encoder.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder.features(torch.zeros(1, *image_shape, device=device))
+        decoder.decode(latents)
+        encoder.features(images)
     return counter.get_total_flops()
 
 

@@ -34,7 +34,7 @@ from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
 from fastasync.model import Zero, load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
 from fastasync.model.importer import check_fits
-from fastasync.probe import ProbeResult, check_begun, learn_schedule, probe_plan
+from fastasync.probe import ProbeResult, Selection, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule, named_schedule, save_schedule
 from fastasync.throughput import expected_hours
@@ -99,7 +99,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     choose_ops(config.model.kernels, choose_device(config.train.device))
     schedules = check_schedules(run)
     images, classes = config.data.dataset != "latents", config.model.classes
-    selection_flops = check_inputs(config) if images else 0
+    selection = check_inputs(config) if images else Selection()
     if not images:
         check_outputs(config, stages)
         with open_latents(config.data.root, features=config.objective.cached_features, classes=classes) as latents:
@@ -112,7 +112,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     elif config.objective.repa_weight:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
     if "learned" in schedules and "probe" in stages:
-        probe_plan(config, planned_flops(config), selection_flops)
+        probe_plan(config, planned_flops(config), selection)
     if config.sampling_precision == "fp8" and "sample" in stages:
         check_fp8(choose_device(config.train.device), "sample.precision")
     if config.sample.guidance == "autoguidance" and "sample" in stages:
@@ -536,10 +536,10 @@ def summary(config: Config) -> dict[str, Any]:
         facts |= repa_costs(config, per_step)
     if learns:
         try:
-            selection_flops = check_inputs(config)
+            selection = check_inputs(config)
         except UserError as error:  # the data need not be here yet
-            facts["data"], selection_flops = str(error), 0
-        facts["probe's training steps"] = probe_plan(config, total, selection_flops).steps
+            facts["data"], selection = str(error), Selection()
+        facts["probe's training steps"] = probe_plan(config, total, selection).steps
         facts["probe on several GPUs"] = "runs on one, the others wait: its seconds are those of one GPU"
     return facts
 

@@ -3,12 +3,13 @@
 from fastasync.probe.budget import Budget, BudgetExceeded, plan_probe
 from fastasync.probe.diagnostics import curl, curl_report, describe
 from fastasync.probe.gaussian import GaussianCase
-from fastasync.probe.generation import Scorer, candidate_family, search
+from fastasync.probe.generation import REFERENCE_SAMPLES, Scorer, Selection, candidate_family, search
 from fastasync.probe.learn import ProbeResult, check_begun, learn_schedule, probe_plan
 from fastasync.probe.oracle import OraclePath, best_path
 from fastasync.probe.surface import LossSurface, line_loss, minimise, naive_loss, sweep
 
 __all__ = [
+    "REFERENCE_SAMPLES",
     "Budget",
     "BudgetExceeded",
     "GaussianCase",
@@ -16,6 +17,7 @@ __all__ = [
     "OraclePath",
     "ProbeResult",
     "Scorer",
+    "Selection",
     "best_path",
     "candidate_family",
     "check_begun",

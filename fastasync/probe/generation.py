@@ -45,7 +45,7 @@ MAX_SAMPLES = 10_000  # of the last round: more would not change the choice
 MIN_CANDIDATES = 4
 REFINE_SHARE = 0.25  # of the samples, for the local refinement
 LEAST_SAMPLES = math.ceil(1.5 * MIN_CANDIDATES * MIN_SAMPLES / (1 - REFINE_SHARE))  # that a search can do with
-_REFERENCE_SAMPLES = 10_000
+REFERENCE_SAMPLES = 10_000
 _TINY = 1e-12  # a distance below this is its rounding
 
 
@@ -56,6 +56,16 @@ def gaussian_statistics(features: Tensor) -> GaussianStatistics:
     return accumulator.statistics()
 
 
+class Selection(NamedTuple):
+    """What C's scoring costs, FLOPs: of one sample, and of the reference once."""
+
+    sample: float = 0.0
+    reference: float = 0.0
+
+
+FREE = Selection()
+
+
 @dataclass(frozen=True)
 class Scorer:
     """How samples are scored.
@@ -63,23 +73,23 @@ class Scorer:
     Args:
         features: normalised latents [N, C, H, W] -> features [N, D] of a frozen encoder (not the one that reports).
         reference: statistics of the training set's features.
-        flops: FLOPs of ``features`` for one sample, counted against the budget.
+        cost: FLOPs of ``features``, counted against the budget.
     """
 
     features: Callable[[Tensor], Tensor]
     reference: GaussianStatistics
-    flops: float = 0.0
+    cost: Selection = FREE
 
     @classmethod
     def of(cls, features: Callable[[Tensor], Tensor], latents: Latents, flops: float = 0.0, batch: int = 500) -> Scorer:
         """The reference from the latents themselves: all of them, or 10,000 spread evenly over the set.
 
-        Evenly, so that a set which is sorted by class is represented with all its classes.
+        Evenly, so that a set which is sorted by class is represented with all its classes.  ``flops``: of one sample.
         """
-        count = min(len(latents), _REFERENCE_SAMPLES)
+        count = min(len(latents), REFERENCE_SAMPLES)
         spread = torch.arange(count) * len(latents) // count
         parts = [features(latents.batch(part)[0]).double().cpu() for part in spread.split(batch)]
-        return cls(features, gaussian_statistics(torch.cat(parts)), flops)
+        return cls(features, gaussian_statistics(torch.cat(parts)), Selection(flops, count * flops))
 
 
 def _signed(value: float) -> float:
@@ -271,8 +281,8 @@ def search(
     Raises:
         UserError: the allowance is too small for even four candidates (names ``probe.budget``).
     """
-    each = sample_flops + scorer.flops
-    affordable = int(allowance / each)
+    each = sample_flops + scorer.cost.sample
+    affordable = max(int((allowance - scorer.cost.reference) / each), 0)
     halving = int(affordable * (1 - REFINE_SHARE))
     pool = list(candidates.items())
     plan = plan_rounds(len(pool), halving)
@@ -286,13 +296,15 @@ def search(
             f"leaves {affordable} samples to compare schedules with, {LEAST_SAMPLES} are needed: multiply it by "
             f"{1.1 * LEAST_SAMPLES / max(affordable, 1):.2g}, lower probe.train_share, or set probe.estimator to B",
         )
+    if scorer.cost.reference:
+        budget.spend("reference", scorer.cost.reference)
     with tqdm(total=affordable, desc="schedules", unit="img", disable=not progress) as bar:
 
         def extend(candidate: _Candidate, count: int) -> None:
             if count > candidate.count:
                 budget.spend("sampling", (count - candidate.count) * sample_flops)
-                if scorer.flops:
-                    budget.spend("scoring", (count - candidate.count) * scorer.flops)
+                if scorer.cost.sample:
+                    budget.spend("scoring", (count - candidate.count) * scorer.cost.sample)
                 latents = generate(candidate.schedule, torch.arange(candidate.count, count))
                 bar.update(len(latents))
                 candidate.features.append(scorer.features(latents).detach().double().cpu())

@@ -24,7 +24,7 @@ from fastasync.files import atomic_path, digest_tensors, load_tensors, save_tens
 from fastasync.model import LightningDiT, forward_flops
 from fastasync.probe.budget import FIT_SHARE, JOINT_STEP, Budget, Plan, plan_probe
 from fastasync.probe.diagnostics import curl_report, describe
-from fastasync.probe.generation import LEAST_SAMPLES, Scorer, candidate_family, search
+from fastasync.probe.generation import FREE, LEAST_SAMPLES, Scorer, Selection, candidate_family, search
 from fastasync.probe.joint import learn_jointly
 from fastasync.probe.network import Errors, PathTimes, autocast, build_probe, surface_errors, train_surface_probe
 from fastasync.probe.oracle import best_path
@@ -144,12 +144,12 @@ def chosen_beta(betas: Sequence[float]) -> float:
     return sorted(betas)[(len(betas) - 1) // 2]
 
 
-def probe_plan(config: Config, planned_flops: float, score_flops: float = 0.0) -> Plan:
+def probe_plan(config: Config, planned_flops: float, selection: Selection = FREE) -> Plan:
     """How the budget of this configuration would be divided; UserError when it is too small.
 
-    ``score_flops``: of C's features for one sample.
+    ``selection``: what C's scoring costs.
     """
-    return _plan(config, forward_flops(build_probe(config, "meta")), planned_flops, score_flops)
+    return _plan(config, forward_flops(build_probe(config, "meta")), planned_flops, selection)
 
 
 def search_method(config: Config) -> str:
@@ -161,11 +161,11 @@ def _sample_flops(config: Config, forward: float) -> float:
     return forward * (evaluations(search_method(config), config.probe.sampling_steps) or 0)
 
 
-def _plan(config: Config, forward: float, planned_flops: float, score_flops: float) -> Plan:
+def _plan(config: Config, forward: float, planned_flops: float, selection: Selection) -> Plan:
     """``plan_probe``; B must keep enough errors to fit a surface to, C enough samples to compare schedules with."""
     least = LEAST_ERRORS * len(config.representations.names) * forward if config.probe.estimator == "B" else 0.0
     if config.probe.estimator == "C":
-        samples = LEAST_SAMPLES * (_sample_flops(config, forward) + score_flops)
+        samples = LEAST_SAMPLES * (_sample_flops(config, forward) + selection.sample) + selection.reference
         least = max(samples + MIN_FIT * forward, samples / (1 - FIT_SHARE))
     return plan_probe(config.probe, forward, planned_flops, least)
 
@@ -234,7 +234,7 @@ def learn_schedule(
         folder=folder,
         about=trained,
         progress=progress,
-        plan=_plan(config, forward, planned_flops, score.flops if score else 0.0),
+        plan=_plan(config, forward, planned_flops, score.cost if score else FREE),
         budget=Budget(probe.budget * planned_flops, f"probe.budget {probe.budget:g} of {planned_flops:.3g} FLOPs"),
         density=DENSITIES[config.objective.density],
         lam=probe_loss_weights(config),

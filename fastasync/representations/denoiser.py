@@ -30,7 +30,7 @@ class DenoiserSettings:
     steps: int = 2000
     batch: int = 256
     learning_rate: float = 1e-3
-    noise: float = 0.3
+    noise: float = 0.15
 
 
 class Denoiser(nn.Module):

@@ -13,6 +13,7 @@ from fastasync.probe.generation import (
     MIN_CANDIDATES,
     MIN_SAMPLES,
     Scorer,
+    Selection,
     candidate_family,
     gaussian_statistics,
     neighbours,
@@ -91,6 +92,26 @@ FOUR = {
     name: candidate_family(NAMES, ROLES)[name]
     for name in ("synchronous", "offset 0.3", "power 2/1 floor 0.1", "cascade")
 }
+
+
+def test_what_the_reference_cost_is_not_there_for_samples():
+    case, schedules = PAIR, {name: FOUR[name] for name in FOUR}
+    spent = {}
+    for reference in (0.0, 3000.0):
+        budget = Budget(1e9, "test")
+
+        def generate(schedule, indices):
+            return indices[:, None, None, None].double()
+
+        scorer = Scorer(lambda z: z.flatten(1), statistics(case.cov[:1, :1]), Selection(2.0, reference))
+        options = dict(sample_flops=1.0, budget=budget, allowance=9000.0, progress=False)
+        found = search(schedules, ROLES, generate, scorer, **options)
+        spent[reference] = budget.flops
+        assert budget.spent <= 9000
+        assert budget.flops["scoring"] == 2.0 * sum(row["samples"] for row in found.rows)
+    assert spent[3000.0]["reference"] == 3000
+    assert "reference" not in spent[0.0]
+    assert spent[3000.0]["sampling"] < 0.7 * spent[0.0]["sampling"]
 
 
 def search_four(generate, samples, energy=0.0):

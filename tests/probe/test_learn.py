@@ -56,7 +56,10 @@ def test_every_estimator_end_to_end(estimator, tmp_path):
     if estimator == "C":
         assert "synchronous" in {row["label"] for row in result.candidates}
         assert result.diagnostics["noise"] > 0
-        assert {"training", "surface", "sampling", "scoring"} == set(result.budget["flops"])
+        spent = result.budget["flops"]
+        assert set(spent) == {"training", "surface", "reference", "sampling", "scoring"}
+        assert spent["reference"] == 100.0 * len(LATENTS)
+        assert spent["scoring"] == 100.0 * sum(row["samples"] for row in result.candidates)
     else:
         assert isinstance(result.schedule, ConvexSchedule)
         assert result.schedule.roles == ROLES
