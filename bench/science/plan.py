@@ -17,6 +17,7 @@ from bench.science.runner import Workshop, evaluations_of
 from bench.science.specs import BEST_FIXED, LEARNED, SCAN_SEED, SPEC_FIELDS, Spec, Study
 from bench.science.table import Row, Table
 from fastasync.config import Config
+from fastasync.errors import UserError
 from fastasync.model import train_flops
 from fastasync.stages import planned_flops
 from fastasync.training import build_model
@@ -103,8 +104,12 @@ class Ledger:
     def figure(self, spec: Spec, step: int, sampler: str, metric: str = "fid") -> float | None:
         """A figure, or None when it is not there (yet, or because the run failed)."""
         row = self.row(spec, step)
-        text = row.get(f"{metric}_{sampler}", "") if row else ""
-        return float(text) if text else None
+        column = f"{metric}_{sampler}"
+        text = row.get(column, "") if row else ""
+        try:
+            return float(text) if text else None
+        except ValueError:
+            raise UserError(str(self.runs.path), text, f"is not a number: {column} of {spec}, {step} steps") from None
 
     def by_seed(
         self, spec: Spec, step: int, sampler: str, seeds: Sequence[int] | None = None, metric: str = "fid"

@@ -172,6 +172,14 @@ def test_jobs_merge_and_what_is_missing(tmp_path):
     assert ledger.by_seed(spec, 40, "heun2", [0, 1]) == {0: 3.0}
 
 
+def test_an_edited_figure_is_bad_input(tmp_path):
+    ledger, sampler_ = Ledger(TINY, [0], tmp_path), TINY.headline[0]
+    spec = Spec("synchronous", 0)
+    ledger.runs.put({**vars(spec), "step": TINY.steps, "status": "done", f"fid_{sampler_}": "2.5O"})
+    with pytest.raises(UserError, match=f"runs.csv.*2.5O.*fid_{sampler_}.*synchronous, seed 0"):
+        ledger.figure(spec, TINY.steps, sampler_)
+
+
 def test_best_fixed_waits_for_the_whole_scan(tmp_path):
     ledger = Ledger(replace(TINY, scan_seeds=2), [0], tmp_path)
     assert ledger.best_fixed() is None
