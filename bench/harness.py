@@ -167,10 +167,6 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [tensor for part in value for tensor in tensors_of(part)] if isinstance(value, list | tuple) else []
 
 
-def bytes_of(value: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(value))
-
-
 def widened(inputs: Sequence[Any]) -> list[Any]:
     """The inputs with floating-point tensors in float64."""
 

@@ -133,7 +133,7 @@ def _third_report(ledger: Ledger) -> Report:
 # --- 8: how samples are made ------------------------------------------------------------------------------------------
 
 
-def _integrator_specs(ledger: Ledger, seed: int) -> list[Spec]:
+def _integrator_specs(seed: int) -> list[Spec]:
     """Two fixed schedules, one that moves together and one that ends steeply: nothing that another question finds."""
     return [Spec(name, seed) for name in ("synchronous", "power:3")]
 
@@ -142,7 +142,7 @@ def _integrators(ledger: Ledger, workshop: Workshop) -> list[Job]:
     exact = [name for name in ledger.study.headline if nfe(name) is None]
     names = (*(name for group in ledger.study.integrators for name in group), *exact)
     points = ((ledger.study.steps, names),)
-    return [TrainJob(spec, points) for seed in ledger.seeds for spec in _integrator_specs(ledger, seed)]
+    return [TrainJob(spec, points) for seed in ledger.seeds for spec in _integrator_specs(seed)]
 
 
 def _integrators_report(ledger: Ledger) -> Report:
@@ -152,13 +152,13 @@ def _integrators_report(ledger: Ledger) -> Report:
         columns, usual = [*group, *exact], group[0]
         rows = [
             {"schedule": spec.label, "figure": metric, **fids(ledger, spec, columns, metric=metric)}
-            for spec in _integrator_specs(ledger, 0)
+            for spec in _integrator_specs(0)
             for metric in METRICS
         ]
         if any(row[name] for row in rows for name in columns):
             caption = f"About {nfe(usual)} evaluations; after ^ the grid's power, after @ the last step's local time."
             sections.append(Section(f"about-{nfe(usual)}", caption, ["schedule", "figure", *columns], rows))
-        for spec in _integrator_specs(ledger, 0):
+        for spec in _integrator_specs(0):
             for name in group[1:]:
                 found = paired(*(ledger.by_seed(spec, study.steps, sampler) for sampler in (name, usual)))
                 if found:

@@ -54,11 +54,6 @@ class Bundle:
             self.mean = torch.tensor(statistics.mean, dtype=torch.float64).float().reshape(1, -1, 1, 1)
             self.std = torch.tensor(statistics.std, dtype=torch.float64).float().reshape(1, -1, 1, 1)
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, grid, grid) of one image's latents, C over all representations."""
-        return sum(self.channels), self.grid, self.grid
-
     def fingerprints(self) -> tuple[str, ...]:
         """The fingerprint of each representation."""
         return tuple(item.fingerprint() for item in self.representations)

@@ -205,9 +205,6 @@ def hopper(quack, monkeypatch):
     return capability
 
 
-ROUNDING = "(model.mlp_multiple rounds the hidden width up)"
-
-
 @pytest.mark.parametrize(
     ("major", "dtype", "shape", "words"),
     [
