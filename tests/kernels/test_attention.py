@@ -12,8 +12,8 @@ from fastasync_kernels import _common
 from fastasync_kernels import attention as module
 from fastasync_kernels.attention import BACKENDS, BackendUnavailable, attention, available_backends, resolve_backend
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+from tests.kernels.attention_kit import CUDA, DEVICE, run
+
 XL, CIFAR10 = (256, 16, 256, 72), (256, 8, 64, 32)
 
 
@@ -25,12 +25,6 @@ def draw(shape=(2, 3, 10, 72), dtype=torch.float32, seed=0):
     q, k, v = (part.transpose(1, 2) for part in packed.unbind(2))
     upstream = torch.randn(batch, heads, tokens, width, generator=generator).to(DEVICE, dtype)
     return (q.transpose(1, 2).contiguous().transpose(1, 2), k.transpose(1, 2).contiguous().transpose(1, 2), v), upstream
-
-
-def run(function, tensors, upstream, dtype=None):
-    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
 def exact(tensors, upstream):

@@ -17,6 +17,7 @@ import pytest
 from fastasync.errors import UserError
 from fastasync.rendezvous import LIMIT, name_ranks, open_store, start_limit
 from fastasync.training import checkpoint
+from tests.training.deepspeed_kit import free_port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -57,12 +58,6 @@ SCONTROL = """#!/usr/bin/env bash
 [[ $1 == requeue ]] && echo "$2" >> "$REQUEUED"
 exit 0
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
