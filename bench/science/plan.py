@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics as numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -107,9 +108,12 @@ class Ledger:
         column = f"{metric}_{sampler}"
         text = row.get(column, "") if row else ""
         try:
-            return float(text) if text else None
+            value = float(text) if text else None
         except ValueError:
-            raise UserError(str(self.runs.path), text, f"is not a number: {column} of {spec}, {step} steps") from None
+            value = math.nan
+        if value is not None and (math.isnan(value) or (metric == "fid" and value <= 0)):
+            raise UserError(str(self.runs.path), text, f"is no {metric}: {column} of {spec}, {step} steps")
+        return value
 
     def by_seed(
         self, spec: Spec, step: int, sampler: str, seeds: Sequence[int] | None = None, metric: str = "fid"

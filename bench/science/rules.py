@@ -13,7 +13,7 @@ from bench.science import plots
 from bench.science.compare import against, fids, geometric
 from bench.science.plan import Job, Ledger, Question, RankJob, Report, Section, TrainJob
 from bench.science.runner import Workshop
-from bench.science.specs import LEARNED, Spec
+from bench.science.specs import Spec
 from bench.science.statistics import spearman, summary
 from fastasync.probe.generation import gentle_score
 from fastasync.probe.surface import path_gap
@@ -55,10 +55,7 @@ def _scan(ledger: Ledger) -> Section:
 
 
 def trained_against_synchronous(ledger: Ledger, name: str, seed: int | None = None) -> float | None:
-    """Mean over seeds and headline samplers of log(FID / FID of synchronous), paired by seed.
-
-    Fixed schedules over the scan's seeds; a learned one (``seed``: the probe's) over the run of that seed.
-    """
+    """Mean over the scan's seeds (or one) and headline samplers of log(FID / FID of synchronous), paired by seed."""
     seeds = ledger.scan_seeds if seed is None else [seed]
     logs = []
     for sampler in ledger.study.headline:
@@ -69,22 +66,22 @@ def trained_against_synchronous(ledger: Ledger, name: str, seed: int | None = No
 
 
 def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float | int] | None:
-    """Spearman's correlation of a probe's ranking with the trained networks': by C's score, its distance, and B's J."""
+    """Spearman's correlation of a probe's order of the fixed schedules with the trained: by C's score, distance and J.
+
+    Its own choices are left out: not every probe's were trained, and correlations of different sets do not compare.
+    """
     distance: list[tuple[float, float]] = []
     score: list[tuple[float, float]] = []
     objective: list[tuple[float, float]] = []
     energy = ledger.study.probe_config("C", variant, seed).probe.energy
-    for name in (*ledger.study.fixed, "C", "B"):
-        row = ledger.ranks.get(variant, seed, name)
-        learned = name in ("B", "C")
-        # a variant's own choice was not trained; a choice that is a fixed schedule must not count twice
-        if learned and (variant != "base" or _is_fixed(ledger, Spec(name, seed))):
-            continue
-        trained = trained_against_synchronous(ledger, name, seed if learned else None)
+    reps = ledger.study.common().representations
+    for name in ledger.study.fixed:
+        row, trained = ledger.ranks.get(variant, seed, name), trained_against_synchronous(ledger, name)
         if row is None or row["status"] != "done" or trained is None:
             continue
         if row["distance"] != "nan":
-            kinetic = _kinetic_energy(ledger, Spec(name, seed, probe=variant))
+            with torch.no_grad():
+                kinetic = float(kinetic_energy(named_schedule(name, reps.names, reps.roles)))
             distance.append((float(row["distance"]), trained))
             score.append((gentle_score(float(row["distance"]), kinetic, energy), trained))
         objective.append((float(row["objective"]), trained))
@@ -98,14 +95,6 @@ def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float |
     }
 
 
-def _kinetic_energy(ledger: Ledger, spec: Spec) -> float:
-    reps = ledger.study.common().representations
-    learned = spec.schedule in LEARNED
-    path = str(Workshop.schedule_path(ledger.out, spec)) if learned else spec.schedule
-    with torch.no_grad():
-        return float(kinetic_energy(named_schedule(path, reps.names, reps.roles)))
-
-
 def seed_agreement(ledger: Ledger) -> list[float]:
     """Spearman's correlation of the trained order of the fixed schedules between each two of the scan's seeds.
 
@@ -116,23 +105,12 @@ def seed_agreement(ledger: Ledger) -> list[float]:
         pairs = [
             (one, two)
             for name in ledger.study.fixed
-            if name != "synchronous"  # the zero of each seed's scale
-            and (one := trained_against_synchronous(ledger, name, first)) is not None
+            if (one := trained_against_synchronous(ledger, name, first)) is not None
             and (two := trained_against_synchronous(ledger, name, second)) is not None
         ]
         if len(pairs) > 2:
             found.append(spearman([one for one, _ in pairs], [two for _, two in pairs]))
     return [value for value in found if not math.isnan(value)]
-
-
-def _is_fixed(ledger: Ledger, spec: Spec) -> bool:
-    """Whether a learned schedule runs along a fixed competitor's path (within 0.01 in every local time)."""
-    path, reps = Workshop.schedule_path(ledger.out, spec), ledger.study.common().representations
-    if not path.exists():
-        return False
-    chosen = load_schedule(path)
-    fixed = (named_schedule(name, reps.names, reps.roles) for name in ledger.study.fixed)
-    return any(path_gap(chosen, schedule) < 0.01 for schedule in fixed)
 
 
 def _choices(ledger: Ledger) -> Section:
@@ -205,7 +183,7 @@ def _report(ledger: Ledger) -> Report:
     agreement = seed_agreement(ledger)
     if agreement:
         sentences.append(
-            "Trained order of the fixed schedules (without synchronous), one scan seed against another: Spearman "
+            "Trained order of the fixed schedules, one scan seed against another: Spearman "
             f"{summary(agreement)} over {len(agreement)} pairs: how well the order that a probe should predict repeats."
         )
     picture = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import os
 import re
@@ -39,7 +40,7 @@ from bench.science.runner import Workshop
 from bench.science.specs import SCAN_SEED, STUDIES, Study
 from bench.science.table import locked, markdown, write_csv
 from fastasync.errors import UserError, unknown_name
-from fastasync.files import atomic_path
+from fastasync.files import atomic_path, write_json
 from fastasync.report.style import png
 from fastasync.training import Interrupted
 
@@ -58,6 +59,7 @@ QUESTIONS: dict[int, Question] = {
     )
 }
 WAIT = 2.0  # seconds between two looks at what other processes have finished
+PLACES = ("data.root=", "evaluate.weights=", "train.device=")  # settings that change no figure
 FAILURES = 3  # in a row stop the study: then it is the machine, not the run
 Say = Callable[[str], None]
 
@@ -308,6 +310,21 @@ def write_reports(ledger: Ledger, numbers: Sequence[int], command: str) -> Path:
     return path
 
 
+def check_settings(ledger: Ledger, settings: Sequence[str], write: bool) -> None:
+    """Rows are known by schedule, seed and step: UserError where they were made with other ``--set`` than now.
+
+    What was set is kept beside the rows, without what only says where things are.
+    """
+    path = ledger.out / "settings.json"
+    asked = sorted(setting for setting in settings if not setting.startswith(PLACES))
+    known = json.loads(path.read_text()) if path.exists() else []
+    if asked != known and (ledger.runs.rows or ledger.ranks.rows):
+        remedy = f"the rows in {ledger.out} were made with {' '.join(known) or 'none'}: give another --out and --work"
+        raise UserError("--set", " ".join(asked) or "(none)", remedy)
+    if write and asked != known:
+        write_json(path, asked)
+
+
 def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = print) -> int:
     """The whole study with parsed arguments; ``study`` in the place of the preset's."""
     if study is None and arguments.preset not in STUDIES:
@@ -328,6 +345,7 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
         if name not in known:
             raise unknown_name("--schedules", name, known)
     ledger = Ledger(study, seeds, out, only)
+    check_settings(ledger, arguments.set, write=not (arguments.dry_run or arguments.report))
     workshop = Workshop(study, out, arguments.work or Path("runs") / f"science-{study.preset}", say)
     step = arguments.step_ms / 1e3
     # a training step costs three forward passes of the batch
