@@ -244,6 +244,12 @@ def check_sampling(run: Run) -> None:
 def train_stage(run: Run, inputs: Inputs, schedule: Schedule, say: Say = print) -> None:
     """Train the network along the schedule, from the newest complete checkpoint if there is one."""
     verify_latents(run, inputs)
+    begins = not checkpoint.steps(run.path / checkpoint.FOLDER) and not only_started(run.path)
+    if begins and run.config.objective.cosine_weight and not run.config.train.clip:
+        quiet_elsewhere(say)(
+            "train: a new network's velocity is 0, where the cosine's gradient is of norm 1e8, which AdamW remembers: "
+            "the output layer hardly moves for thousands of steps; train.clip=1 prevents it (SFD does not clip)"
+        )
     result = train(run.config, inputs.latents, schedule, run.path, statistics_fingerprint=inputs.statistics_fingerprint)
     say = quiet_elsewhere(say)
     say(f"train: {result.step} steps done, checkpoint {result.checkpoint}")

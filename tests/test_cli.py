@@ -1,5 +1,6 @@
 """The command line on the real thing in miniature: every stage, resuming, and bad input (one line, exit code 2)."""
 
+import csv
 import json
 import os
 import re
@@ -91,6 +92,26 @@ def test_generation_in_the_loop_and_the_oracle(tmp_path, capsys):
     assert found["diagnostics"]["oracle"]["value"] > 0
     assert (out / "schedule.json").is_file()
     assert "estimator C" in capsys.readouterr().out
+
+
+def test_a_cosine_without_clipping_is_warned_of(tmp_path, capsys):
+    """The warning's reason: the first gradient's norm."""
+    more = [
+        "schedule.name=offset:0.3",
+        "objective.mode=sfd",
+        "objective.cosine_weight=1",
+        "train.log_every=1",
+        "train.clip=0",
+    ]
+    assert main(arguments(tmp_path / "sfd", *more, "train.steps=2", stage="train")) == 0
+    assert "train.clip=1 prevents it" in capsys.readouterr().out
+    with open(tmp_path / "sfd" / "metrics.csv") as lines:
+        norms = [float(row["grad_norm"]) for row in csv.DictReader(lines)]
+    assert norms[0] > 1e6 * norms[1]
+    assert main(arguments(tmp_path / "sfd", *more, "train.steps=3", stage="train")) == 0
+    assert "prevents it" not in capsys.readouterr().out  # begun already
+    assert main(arguments(tmp_path / "clip", *more, "train.steps=2", "train.clip=1", stage="train")) == 0
+    assert "prevents it" not in capsys.readouterr().out
 
 
 def test_texture_by_components_with_a_denoiser(tmp_path):
