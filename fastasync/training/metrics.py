@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -23,7 +24,7 @@ from fastasync.training.sinks import CSV, CsvFile, WandbRun
 FILE, BOARD = "metrics.jsonl", "tensorboard"
 WINDOW = 64  # gradient norms that the median of train.max_norm_ratio is of (it counts from a quarter of them on)
 
-# Dense bf16 peak with float32 accumulation, FLOP/s, by a part of the device's name (the vendors' data sheets).
+# Dense bf16 peak with float32 accumulation, FLOP/s, by words of the device's name (the vendors' data sheets).
 # The first match counts, so a longer name stands before the one it contains.
 PEAK_FLOPS = (
     ("B200", 2250e12),
@@ -47,7 +48,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -60,7 +60,10 @@ def test_infinite_term_with_a_finite_norm_does_not_stop_the_log():
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10G", 125e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),  # another card than the A10
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", 989e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
