@@ -48,7 +48,7 @@ class Representations:
     roles: tuple[str, ...] = ("lags", "leads")
     grid: int = _number(4, 1, 1024)
     plugin: str = ""  # a Python file that registers further representations
-    decoder: str = ""  # data.dataset=latents: the autoencoder's weights file, or a representation's name
+    decoder: str = ""  # of latents: the autoencoder's weights file, a representation's name, a prepared folder
     encoder_steps: int = _number(0, 0)  # of the classifiers; 0: the data set's recipe
     semvae_steps: int = _number(0, 0)  # 0: the data set's recipe
     denoiser_steps: int = _number(0, 0)  # of a network that takes a sampler's noise out of texture's images; 0: none

@@ -455,7 +455,12 @@ def _bundle(arguments: argparse.Namespace) -> Bundle:
         except ValueError:  # not JSON: a plain text, such as a path
             options[name][key] = value
     shape = (3, arguments.size, arguments.size)
-    return Bundle([build(name, shape, arguments.grid, **options[name]) for name in names])
+    parts = [build(name, shape, arguments.grid, **options[name]) for name in names]
+    for part in parts:
+        if part.learns:
+            remedy = "it learns from the training images, which `encode` does not do: use --prepared RUN/prepared"
+            raise UserError(f"representation {part.name}", json.dumps(part.options), remedy)
+    return Bundle(parts)
 
 
 def _from_environment(given: int | None, default: int, *names: str) -> int:

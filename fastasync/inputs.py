@@ -34,7 +34,7 @@ from fastasync.representations import build
 from fastasync.representations.base import ImageShape, Representation, load_plugin, registered
 from fastasync.representations.bundle import only_decoder
 from fastasync.representations.classifier import Classifier
-from fastasync.representations.prepare import Prepared, Recipe, load_prepared, make_recipe, prepare
+from fastasync.representations.prepare import MANIFEST, Prepared, Recipe, load_prepared, make_recipe, prepare
 from fastasync.run import Run
 
 Say = Callable[[str], None]
@@ -291,7 +291,8 @@ def _from_latents(config: Config, device: torch.device) -> Inputs:
 def _latent_decoder(config: Config, latents: Latents, device: torch.device) -> Callable[[], Representation]:
     """What decodes the first representation, made when it is first needed.
 
-    ``representations.decoder`` is the autoencoder's weights file, or the name of a representation that needs none.
+    ``representations.decoder`` is the autoencoder's weights file, the name of a representation that needs none, or a
+    prepared folder.
     """
     reps = config.representations
     index = getattr(latents, "index", None)  # an SFD folder has none: its encoders are not known
@@ -301,6 +302,8 @@ def _latent_decoder(config: Config, latents: Latents, device: torch.device) -> C
     def decoder() -> Representation:
         if reps.decoder in registered():
             made = build(reps.decoder, shape, reps.grid)
+        elif (Path(reps.decoder) / MANIFEST).is_file():
+            made = load_prepared(reps.decoder).bundle.decoder
         else:
             made = build("autoencoder", shape, reps.grid, weights=reps.decoder)
         if index is not None and not made.fits(index.encoding.fingerprints[0]):

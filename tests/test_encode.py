@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from fastasync import encode as encode_module
+from fastasync.config import Config, apply_settings
 from fastasync.data import ImageSet
-from fastasync.data.shard_loader import ShardLatents
+from fastasync.data.shard_loader import ShardLatents, open_latents
 from fastasync.data.shards import check_latents, read_index, write_shard
 from fastasync.encode import add_parser, encode
 from fastasync.errors import UserError
 from fastasync.images import open_images, open_source
+from fastasync.inputs import check_decoder
 from fastasync.representations import (
     Bundle,
     ClassifierSettings,
@@ -480,7 +482,8 @@ def test_from_image_files_on_the_command_line(tree, tmp_path, command, capsys, m
 def test_the_representations_of_a_prepared_folder(tree, tmp_path, command, images, capsys):
     """--prepared: its trained encoders, its crop and its grid, whatever --size and --grid say."""
     semvae = {"channels": 3, "semvae": {"width": 16, "heads": 2, "steps": 4, "batch": 8}}
-    recipe = Recipe(2, ClassifierSettings(widths=(8, 16, 16), steps=4, batch=8), {"semantic": semvae})
+    options = {"semantic": semvae, "texture": {"channels": 5, "denoiser": {"steps": 2, "batch": 4, "width": 16}}}
+    recipe = Recipe(2, ClassifierSettings(widths=(8, 16, 16), steps=4, batch=8), options)
     plugin = tmp_path / "brightness.py"
     plugin.write_text(PLUGIN)
     names = ("texture", "semantic", "brightness")
@@ -499,6 +502,12 @@ def test_the_representations_of_a_prepared_folder(tree, tmp_path, command, image
     for flips, pixels in ((None, batch.images), (torch.ones(7, dtype=torch.bool), batch.flipped)):
         z, _ = latents.batch(torch.arange(7), flips)
         torch.testing.assert_close(z, ours_now.normalise(prepared.encode(pixels)), rtol=1e-5, atol=1e-5)
+    # the folder decodes too; pixels do not
+    config = apply_settings(Config(), [f"representations.decoder={tmp_path / 'prepared'}"])
+    with open_latents(out, classes=2) as opened:
+        check_decoder(config, opened)
+        with pytest.raises(UserError, match=r"decoder: texture: is [0-9a-f]{12}, the latents were made by"):
+            check_decoder(apply_settings(config, ["representations.decoder=texture", "representations.grid=2"]), opened)
     capsys.readouterr()
     with pytest.raises(UserError, match=r"none: no prepared.json in it: not a prepared folder"):
         command("encode", tree, "--out", tmp_path / "other", *SMALL, "--prepared", tmp_path / "none")

@@ -42,6 +42,11 @@ class Representation(nn.Module):
         """Whether images can be made from this representation."""
         return type(self).decode is not Representation.decode
 
+    @property
+    def learns(self) -> bool:
+        """Whether ``fit`` must see the training images before anything is encoded."""
+        return type(self).fit is not Representation.fit
+
     def encode(self, images: Tensor) -> Tensor:
         """Images uint8 [N, C, H, W] -> raw latents float32 [N, channels, grid, grid], on the images' device."""
         raise NotImplementedError

@@ -66,13 +66,18 @@ class Texture(Representation):
         """Whether the channels are principal components."""
         return "basis" in self._buffers
 
+    @property
+    def learns(self) -> bool:
+        """As of every representation: the pixels alone need no fit."""
+        return self.compresses or self.denoiser is not None
+
     def fit(self, images: Tensor, seed: int, progress: bool = True) -> dict[str, float]:
         """Find the components and train the denoiser.
 
         Returns ``explained``, the components' share of the variance, and the figures of ``train_denoiser``.
         """
         figures: dict[str, float] = {}
-        if not self.compresses and self.denoiser is None:
+        if not self.learns:
             return figures
         mean, covariance = patch_moments(images, self.patch)
         variances = covariance.diagonal()

@@ -145,7 +145,11 @@ def test_what_a_command_lacks_is_named(tmp_path, tree, capsys):
     semantic = [*command, "--representations", "texture,semantic"]
     refuses(capsys, semantic, "representation semantic: no encoder", "use --prepared RUN/prepared, or dino_semantic")
     odd = [*command, "--representations", "texture", "--option", "texture.side=3"]
-    refuses(capsys, odd, "representation texture: option: 'side': there are none to choose from")
+    refuses(capsys, odd, "representation texture: option: 'side': choose one of channels, denoiser")
+    for option in ("channels=8", 'denoiser={"steps": 3}'):
+        unfitted = [*command, "--representations", "texture", "--option", f"texture.{option}"]
+        says = ("representation texture", "learns from the training images", "use --prepared RUN/prepared")
+        refuses(capsys, unfitted, *says)
     semvae = ["train-semvae", "--data", tree, "--out", out]
     for device, says in (("tpu", "use cpu, cuda or cuda:N"), ("meta", "use cpu, cuda"), ("cuda:99", "CUDA device")):
         refuses(capsys, [*command, "--representations", "texture", "--device", device], f"--device: {device}: ", says)

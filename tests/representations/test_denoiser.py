@@ -10,7 +10,7 @@ from fastasync.representations.denoiser import noised
 from fastasync.representations.texture import to_float
 
 SHAPE = (1, 8, 8)
-SMALL = {"width": 16, "depth": 1, "batch": 32, "learning_rate": 4e-3}
+SMALL = {"width": 16, "depth": 1, "batch": 32, "learning_rate": 4e-3, "noise": 0.3}
 
 
 @pytest.fixture(scope="module")
