@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -77,11 +78,14 @@ def check_images(
 
     What was noticed about usable images goes into ``out_list`` + ``.notes``, in the same form.  ``workers`` threads
     (default: one for each CPU).  After an interruption the same call continues; the state is in ``out_list`` +
-    ``.state``.  Raises UserError when the files cannot be written.
+    ``.state``.  Raises UserError when the files cannot be written, or where one is there that is no such list.
     """
     out_list = Path(out_list)
     if out_list.is_dir():
         raise UserError("--list", out_list, "is a folder: give the file to write")
+    for path in (out_list, _notes_of(out_list)):
+        if not _is_list(path):
+            raise UserError("--list", path, "is there and is no list of check-images: remove it, or give another name")
     state = out_list.with_name(f"{out_list.name}.state")
     lines = _read_state(state, source)
     with atomic_path(state) as partial:
@@ -94,12 +98,27 @@ def check_images(
     for line in lines[1:]:
         report.bad += [(source.path(index), reason) for index, reason in line["bad"]]
         report.notes += [(source.path(index), note) for index, note in line["notes"]]
-    for path, found in ((out_list.with_name(f"{out_list.name}.notes"), report.notes), (out_list, report.bad)):
+    for path, found in ((_notes_of(out_list), report.notes), (out_list, report.bad)):
         with atomic_path(path) as partial:
             text = "".join(f"{name}\t{reason}\n" for name, reason in found)
             partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     state.unlink()
     return report
+
+
+def _notes_of(out_list: Path) -> Path:
+    return out_list.with_name(f"{out_list.name}.notes")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether ``path`` may be written over: it is not there, or each line of it is ``path TAB reason``."""
+    if not path.exists():
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return all(b"\t" in line and b"\0" not in line for line in stream)
+    except OSError:
+        return False
 
 
 def _inspect_rest(source: ImageSource, state: Path, lines: list[dict], workers: int, progress: bool) -> None:
@@ -197,5 +216,5 @@ def check_images_command(arguments: argparse.Namespace) -> int:
     if report.notes:
         print(f"notes: {arguments.list}.notes")
     if report.bad:
-        print(f"list: {arguments.list} (leave these files out with --skip-bad {arguments.list})")
+        print(f"list: {arguments.list} (leave these files out with --skip-bad {shlex.quote(str(arguments.list))})")
     return 1 if report.bad else 0

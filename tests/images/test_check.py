@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 
 import pytest
 
@@ -95,6 +96,30 @@ def test_tars_are_checked_too(tars, tmp_path, write_tar, crop_of, encoded):
     report = check_images(open_source(tars), tmp_path / "bad.txt", workers=2, progress=False)
     assert [path for path, _ in report.bad] == ["set-002.tar/x.jpg"]
     assert (tmp_path / "bad.txt").read_text().startswith("set-002.tar/x.jpg\t")
+
+
+def test_files_that_are_no_lists_are_not_written_over(mixed, tmp_path):
+    image = mixed / "class one" / "good ü.jpg"
+    text = tmp_path / "notes.txt"
+    text.write_text("what I must not forget\n")
+    (tmp_path / "bad.txt.notes").write_text("mine\n")
+    for path, taken in ((image, image), (text, text), (tmp_path / "bad.txt", tmp_path / "bad.txt.notes")):
+        before = taken.read_bytes()
+        with pytest.raises(UserError, match="is there and is no list of check-images: remove it, or give another"):
+            run([mixed, "--list", path])
+        assert taken.read_bytes() == before
+    assert not (tmp_path / "bad.txt").exists()
+    assert not list(tmp_path.rglob("*.state"))
+    (tmp_path / "bad.txt.notes").unlink()
+    first = check_images(open_source(mixed), tmp_path / "bad.txt", progress=False)
+    assert check_images(open_source(mixed), tmp_path / "bad.txt", progress=False) == first, "its own list it may"
+
+
+def test_the_option_that_is_suggested_can_be_typed(mixed, tmp_path, capsys):
+    listed = tmp_path / "bad list.txt"
+    run([mixed, "--list", listed])
+    option = capsys.readouterr().out.partition("leave these files out with ")[2].rpartition(")")[0]
+    assert shlex.split(option) == ["--skip-bad", str(listed)]
 
 
 def test_a_clean_folder(tree, tmp_path):
