@@ -135,6 +135,8 @@ def encode(
     encoding = _encoding(source, bundle, shard_size, flip, dtype, features)
     if batch < 1:
         raise UserError("--batch", batch, "must be at least 1")
+    if world < 1:
+        raise UserError("world size", world, "must be at least 1")
     if not 0 <= rank < world:
         raise UserError("rank", rank, f"must be in 0..{world - 1}")
     if world > encoding.shards:

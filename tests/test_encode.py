@@ -268,6 +268,7 @@ def test_arguments_are_refused_before_any_work(tmp_path, images, bundle, monkeyp
         ),
         (dict(world=40), r"world size: 40: more ranks than the 6 shards: use at most 6 ranks$"),
         (dict(rank=2, world=2), r"rank: 2: must be in 0..1"),
+        (dict(world=0), r"world size: 0: must be at least 1"),
         (dict(dtype="float61"), r"--dtype: 'float61': did you mean 'float16'"),
         (dict(shard_size=0), r"--shard-size: 0: must be at least 1"),
         (dict(batch=0), r"--batch: 0: must be at least 1"),

@@ -107,9 +107,16 @@ def registered() -> tuple[str, ...]:
 def build(
     name: str, image_shape: ImageShape, grid: int, encoder: nn.Module | None = None, **options: Any
 ) -> Representation:
-    """A representation of images (C, H, W) on a grid x grid of tokens.  UserError: unknown name or option, or needs."""
+    """A representation of images (C, H, W) on a grid x grid of tokens.
+
+    UserError: an unknown name or option, a size below 1, or a classifier that is needed and not given.
+    """
     if name not in _REGISTRY:
         raise unknown_name("representation", name, _REGISTRY)
+    if min(image_shape) < 1:
+        raise UserError("image size", f"{image_shape[1]}x{image_shape[2]}", "must be at least 1")
+    if grid < 1:
+        raise UserError("grid", grid, "must be at least 1")
     kind = _REGISTRY[name]
     extra: dict[str, Any] = {}
     if kind.uses_encoder:

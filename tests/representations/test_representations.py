@@ -127,6 +127,9 @@ def test_lowfreq_keeps_the_mean_and_drops_the_detail():
     ("call", "message"),
     [
         (lambda: build("textur", DIGIT, 4), "representation: 'textur': did you mean 'texture'"),
+        (lambda: build("texture", DIGIT, 0), "grid: 0: must be at least 1"),
+        (lambda: build("lowfreq", PHOTO, -8), "grid: -8: must be at least 1"),
+        (lambda: build("texture", (3, 0, 0), 4), "image size: 0x0: must be at least 1"),
         (lambda: build("texture", DIGIT, 3), "grid: 3: must divide"),
         (lambda: build("texture", (1, 8, 6), 2), "square only"),
         (lambda: build("lowfreq", DIGIT, 4, sise=2), "option: 'sise': did you mean 'size'"),
