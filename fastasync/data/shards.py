@@ -39,6 +39,7 @@ _CODES |= {"BOOL": torch.bool}
 _LOOKED_AT = 100  # entries of a folder that is named in an error
 _CHUNK = 16  # images that statistics are computed over at a time: they stay in the cache (2.4 times faster than 256)
 _DELETE = "delete it and "
+_READABLE = "check its permissions and its disk"  # it may be whole: nobody should be told to delete it
 _AGAIN = f"{_DELETE}run the same `fastasync encode` again: only what is missing is made"
 
 
@@ -58,7 +59,7 @@ class MappedFile:
         except FileNotFoundError:
             raise UserError(str(path), "missing", remedy.removeprefix(_DELETE)) from None
         except OSError as error:
-            raise UserError(str(path), error.strerror, remedy) from None
+            raise UserError(str(path), error.strerror, _READABLE) from None
         start = 8 + len(header)
         self.tensors: dict[str, Tensor] = {}
         try:
@@ -182,7 +183,7 @@ def read_signed(path: Path, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(str(path), "missing", remedy) from None
     except OSError as error:
-        raise UserError(str(path), error.strerror, remedy) from None
+        raise UserError(str(path), error.strerror, _READABLE) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(str(path), "not readable (altered?)", remedy) from None
     if content.get("format", FORMAT) != FORMAT:

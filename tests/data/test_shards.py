@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,22 @@ def test_every_flipped_byte_of_a_shards_header_is_noticed(folder):
         flip_byte(path, position)
         assert check_latents(folder, progress=False).problems, position
         path.write_bytes(good)
+
+
+def test_what_cannot_be_read_is_not_to_be_deleted(folder, monkeypatch):
+    """It may be whole: a permission, a disk that is away."""
+    index, shard = read_index(folder), folder / "shard-00000.safetensors"
+    shard.unlink()
+    shard.symlink_to(shard.name)  # as root too, it cannot be opened: ELOOP
+    with pytest.raises(UserError, match=r"shard-00000.safetensors: .*: check its permissions and its disk$"):
+        list(open_shards(folder, index))
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(UserError, match=r"index.json: Permission denied: check its permissions and its disk$"):
+        read_index(folder)
 
 
 def test_missing_and_truncated_shards(folder):
