@@ -13,6 +13,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ from fastasync.training.build import (
     prepare_sampling,
 )
 from fastasync.training.deepspeed_json import reduction_fields
+from fastasync.training.interrupt import only_process
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_batch, explained_sampling
 from fastasync.training.repa import repa_costs, repa_features
@@ -388,11 +390,13 @@ def sample_stage(run: Run, inputs: Inputs, say: Say = print) -> list[Path]:
             spread: dict[str, Any] = {"rank": here.rank, "world": here.world, "label": label, "progress": here.is_main}
             here.main_only(lambda folder=folder, protocol=protocol: write_json(folder / "protocol.json", protocol))  # type: ignore[misc]
             say(f"sample: {sample.count} images into {folder}")
-            with explained_sampling(sample, device):
-                sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
-            here.barrier()
-            if here.world > 1 and here.is_main:
-                sampling.generate_images(make, index_batches, sample.count, folder)  # joins what all have made
+            with ExitStack() as stack:  # two that join the same parts would take them from each other
+                here.main_only(lambda folder=folder: stack.enter_context(only_process(folder, "sampling")))  # type: ignore[misc]
+                with explained_sampling(sample, device):
+                    sampling.generate_images(make, index_batches, sample.count, folder, join=here.world == 1, **spread)
+                here.barrier()
+                if here.world > 1 and here.is_main:
+                    sampling.generate_images(make, index_batches, sample.count, folder)  # joins what all have made
         folders.append(folder)
     return folders
 

@@ -329,6 +329,25 @@ def test_figures_of_other_samplers_stay(run, tmp_path, capsys):
     refused(capsys, ["evaluate", "--out", copy], "figures-", "remove this file")
 
 
+def test_two_processes_do_not_sample_into_one_folder(run, tmp_path, capsys, monkeypatch):
+    """The second would join parts that the first one is removing."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    done = next(copy.glob("samples/*/samples.npz"))
+    before = done.read_bytes()
+    done.unlink()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code, str(done.parent / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "1\n"
+        refused(capsys, ["sample", "--out", copy], done.parent.name, "another process is sampling here: wait for it")
+        assert not done.exists()
+        holder.kill()
+    assert main(["sample", "--out", str(copy)]) == 0
+    assert done.read_bytes() == before
+
+
 def test_a_refused_setting_is_not_kept(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

@@ -119,8 +119,8 @@ class StopSignal:
 
 
 @contextmanager
-def only_process(out_dir: Path) -> Iterator[None]:
-    """Hold the run's lock; the system frees it however the process ends.  UserError while another one trains here.
+def only_process(out_dir: Path, doing: str = "training") -> Iterator[None]:
+    """Hold the folder's lock; the system frees it however the process ends.  UserError while another one holds it.
 
     A POSIX record lock, not flock: worker processes that outlive a killed parent do not inherit it.
     """
@@ -133,7 +133,7 @@ def only_process(out_dir: Path) -> Iterator[None]:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            busy = "another process is training here"
+            busy = f"another process is {doing} here"
             raise UserError(str(out_dir), busy, "wait for it, or use another --out") from None
         except OSError:  # a file system without locks
             pass
