@@ -295,6 +295,10 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def _exactly(bound: float | int) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:.10g}"
+
+
 def _convert(name: str, text: Any, kind: Any) -> Any:
     """A value of the field's type from YAML or the command line, or a UserError that says what was expected."""
     if typing.get_origin(kind) is tuple:
@@ -400,9 +404,8 @@ def validate(config: Config) -> None:
             if "range" in item.metadata:
                 low, high = item.metadata["range"]
                 if not low <= value <= high:
-                    raise UserError(
-                        name, value, f"must be at least {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-                    )
+                    most = f" and at most {_exactly(high)}" if high < math.inf else ""
+                    raise UserError(name, value, f"must be at least {_exactly(low)}{most}")
     reps = config.representations
     if not reps.names or len(set(reps.names)) != len(reps.names):
         raise UserError("representations.names", ",".join(reps.names), "give at least one name, each once")

@@ -64,7 +64,8 @@ def load_schedule(path: str | Path, names: Sequence[str] | None = None) -> Sched
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError("schedule file", path, f"is not JSON ({error})") from None
+        remedy = "bring it back (a run's checkpoints hold theirs in state.json)"
+        raise UserError("schedule file", path, f"is not JSON ({error}): {remedy}") from None
     return schedule_from_json(data, names, source=f"schedule file {path}")
 
 

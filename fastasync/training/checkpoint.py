@@ -355,7 +355,8 @@ def verify(path: str | Path) -> int:
     """Check a checkpoint, without a GPU and without loading it; returns its step.  UserError says what is wrong."""
     path = Path(path)
     if not path.is_dir():
-        raise UserError("checkpoint", path, "no such folder")
+        a_file = "is a file: give a run, its checkpoints, or one of them (step_...)"
+        raise UserError("checkpoint", path, a_file if path.exists() else "no such folder")
     reason = fault(path)
     if reason and _step_of(path) is None and not (path / MANIFEST).exists():
         raise UserError("checkpoint", path, "holds none: give a run, its checkpoints, or one of them (step_...)")

@@ -154,6 +154,7 @@ def test_json_round_trip(schedule, tmp_path):
     ("text", "says"),
     [
         ("not json", "not JSON"),
+        ('{"kind": "offset", "na', "bring it back (a run's checkpoints hold theirs in state.json)"),
         ('{"kind": "spiral"}', "spiral"),
         ('{"kind": "offset", "names": ["texture"], "offsets": [0]}', "K = 1"),
         ('{"kind": "offset", "names": ["texture", "semantic"], "offsets": [NaN, 0]}', "NaN"),

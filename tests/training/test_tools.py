@@ -165,6 +165,8 @@ def test_verify(tmp_path, tiny, run, capsys):
     for step in (4, 6):
         with open(tmp_path / "checkpoints" / f"step_{step:08d}" / "ema.safetensors", "ab") as stream:
             stream.write(b"x")
+    with pytest.raises(UserError, match=r"manifest.json: is a file: give a run, its checkpoints, or one of them"):
+        tools.verify_command(command(["verify", result.checkpoint / "manifest.json"]))
     with pytest.raises(UserError, match=r"step_00000006: damaged: ema.safetensors has"):
         tools.verify_command(command(["verify", result.checkpoint]))
     assert capsys.readouterr().out == ""  # whoever catches the error says it
