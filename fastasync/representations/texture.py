@@ -28,8 +28,8 @@ class Texture(Representation):
     """Patches of p x p pixels in [-1, 1], channels ordered (colour, row, column); p = image side / grid.
 
     Option ``channels``: fewer than a patch's numbers, their principal components over the training images instead, the
-    largest first: the linear autoencoder that reconstructs best.  Normalised, each of them is one part in ``channels``
-    of what is denoised; of normalised pixels the finest details are a hundredth, which a sampler's last noise covers.
+    largest first: the linear autoencoder that reconstructs best.  Normalised, they all have the same deviation; the
+    finest detail of CIFAR-10's pixels has a hundredth of theirs, which a sampler's last noise covers.
     Option ``denoiser``: fields of DenoiserSettings that differ from its defaults; then ``decode`` ends with a network
     that takes such noise out.
     """

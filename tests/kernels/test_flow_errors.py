@@ -39,10 +39,10 @@ def gradients(function, v, z, weight, channels, samples, cosine):
 def assert_within_budget(ours, theirs, truth, floor, rounding=0.0):
     """At most twice the reference's error, with a floor for what the noise's own rounding (5 ulp) moves.
 
-    ``rounding``: one more, as a share of the largest number.
+    ``rounding``: one more, as a share of the largest number, where that is more than the floor.
     """
     largest = float(truth.abs().max())
-    allowed = 2 * float((theirs.double() - truth).abs().max()) + floor * max(1.0, largest) + rounding * largest
+    allowed = 2 * float((theirs.double() - truth).abs().max()) + max(floor * max(1.0, largest), rounding * largest)
     assert float((ours.double() - truth).abs().max()) <= allowed
 
 
