@@ -238,7 +238,7 @@ class Bench:
 
     ``small``: sizes for a CPU.  ``rounds``: how often each variant is timed.  ``deadline`` (``time.monotonic``): no new
     case is begun after it.  ``sink`` is called with each row.  ``sizes``: networks for ``step``, and
-    ``variants``: those of the one plan of it that is run; none: all.  ``batch``: its images, 0: each plan's own.
+    ``variants``: what is run at each size in the place of its plans.  ``batch``: its images, 0: each plan's own.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--rounds", type=int, default=20, help="rounds of timing (default 20)")
     top.add_argument("--minutes", type=float, help="begin no new case after this long")
     top.add_argument("--sizes", default="", help=f"of step: any of {', '.join(SIZES)} (default: all)")
-    top.add_argument("--variants", default="", help="of step: run only the plan of exactly these, as 'a,b'")
+    top.add_argument("--variants", default="", help="of step (at each size) and sampling: only these, as 'a,b'")
     top.add_argument("--batch", type=int, default=0, help="of step: images in a step (default: each plan's, 256)")
     top.add_argument("--device", choices=("cuda", "cpu"), help="default: CUDA where there is one")
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")

@@ -176,6 +176,7 @@ class Sample:
     weak_checkpoint: str = ""  # AutoGuidance's weak model
     ema: bool = True
     precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # auto: training's, bf16 after fp8
+    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay a pass of the network; auto: small ones, and fp8
     seed: int = _number(0, 0, 2**63 - 1)
 
 

@@ -33,7 +33,16 @@ from fastasync.evaluation import Figure, InceptionFeatures, evaluate, figures_fr
 from fastasync.evaluation.protocol import hardware_name, metric_title
 from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
-from fastasync.model import Zero, load_into, load_state, memory_estimate, memory_with_zero, parameter_count, train_flops
+from fastasync.model import (
+    Zero,
+    forward_flops,
+    load_into,
+    load_state,
+    memory_estimate,
+    memory_with_zero,
+    parameter_count,
+    train_flops,
+)
 from fastasync.model.importer import check_fits
 from fastasync.probe import ProbeResult, Selection, check_begun, learn_schedule, probe_plan
 from fastasync.run import Run
@@ -49,6 +58,7 @@ from fastasync.training.build import (
     prepare_sampling,
 )
 from fastasync.training.deepspeed_json import reduction_fields
+from fastasync.training.graph import GraphedForward, wants_forward_graph
 from fastasync.training.interrupt import only_process
 from fastasync.training.loop import check_data
 from fastasync.training.out_of_memory import explained_batch, explained_sampling
@@ -280,7 +290,9 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
             with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
                 return network(x, tau, y)
 
-        return call
+        flops = forward_flops(network) * sample.batch
+        graphed = wants_forward_graph(sample.cuda_graph, device, flops, config.sampling_precision)
+        return GraphedForward(call, device) if graphed else call
 
     if sample.guidance == "none":
         return _Guided(autocast(model), "none")

@@ -86,7 +86,7 @@ class Ledger:
         self.study, self.seeds, self.out, self.only = study, list(seeds), out, only
         figures = [f"{metric}_{name}" for name in study.samplers for metric in METRICS]
         adaptive = ["nfe_dopri5"] if "dopri5" in study.samplers else []
-        facts = ["status", "error", *figures, *adaptive, "fingerprint", "lead", *SECONDS, *ABOUT]
+        facts = ["status", "error", *figures, *adaptive, "fingerprint", "lead", "same_as", *SECONDS, *ABOUT]
         self.runs = Table(out / "runs.csv", [*SPEC_FIELDS, "step", *facts], len(SPEC_FIELDS) + 1)
         self.ranks = Table(out / "probes.csv", [*RANK_COLUMNS, *RANK_FACTS], 3)
 
@@ -114,6 +114,16 @@ class Ledger:
         if value is not None and (math.isnan(value) or (metric == "fid" and value <= 0)):
             raise UserError(str(self.runs.path), text, f"is no {metric}: {column} of {spec}, {step} steps")
         return value
+
+    def twin(self, spec: Spec, step: int, samplers: Sequence[str], fingerprint: str) -> Row | None:
+        """The row of the same training with the same schedule under another name, when it has these samplers."""
+        same = {name: str(getattr(spec, name)) for name in SPEC_FIELDS if name not in ("schedule", "probe")}
+        same |= {"step": str(step), "status": DONE, "fingerprint": fingerprint, "same_as": ""}
+        for row in self.runs.rows.values():
+            scored = all(row[f"fid_{name}"] for name in samplers)
+            if scored and row["schedule"] != spec.schedule and same.items() <= row.items():
+                return row
+        return None
 
     def by_seed(
         self, spec: Spec, step: int, sampler: str, seeds: Sequence[int] | None = None, metric: str = "fid"
@@ -256,7 +266,7 @@ def measured_rates(ledger: Ledger, hardware: str, assumed: Rates) -> Rates:
     count = ledger.study.common().sample.count
     for row in ledger.runs.rows.values():
         usual = row["size"] == "base" and row["representations"] == "pair"
-        if row["status"] != DONE or row["hardware"] != hardware or not usual:
+        if row["status"] != DONE or row["same_as"] or row["hardware"] != hardware or not usual:
             continue
         names = [name for name in ledger.study.samplers if row[f"fid_{name}"]]
         dopri5 = float(row.get("nfe_dopri5") or 0) or None

@@ -302,6 +302,7 @@ STUDIES = {
 STUDIES["cifar10-components"] = replace(
     STUDIES["cifar10"],
     preset="cifar10-components",
+    fixed=("synchronous", *(f"offset:0.{tenths}" for tenths in (2, 3, 4, 6, 8)), *_POWERS[:4]),
     integrators=tuple(_integrators(intervals, (0.06, 0.12, 0.2)) for intervals in (9, 25)),
     third=("representations.names=texture,lowfreq,semantic", "representations.channels=24,3,16", _THIRD_ROLES),
 )

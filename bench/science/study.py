@@ -26,6 +26,8 @@ from bench.science import probe_size, room, rules, transfer, variants
 from bench.science.plan import (
     DONE,
     FAILED,
+    METRICS,
+    SECONDS,
     Job,
     Ledger,
     Question,
@@ -198,6 +200,8 @@ class Worker:
             self.ledger.ranks.put({"variant": job.variant, "seed": job.seed, **row._asdict(), **facts})
 
     def _train(self, job: TrainJob) -> None:
+        if self._known(job):
+            return
         steps = [step for step, _ in job.points]
         trained = self.workshop.train(job.spec, steps)
         for step, names in job.points:
@@ -226,6 +230,23 @@ class Worker:
                 )
         if not self.keep:
             self.workshop.discard(job.spec)
+
+    def _known(self, job: TrainJob) -> bool:
+        """Where a rule chose a schedule that was trained under another name: the same run, whose figures are taken."""
+        if job.spec.start != "scratch" or any(self.ledger.row(job.spec, step) for step, _ in job.points):
+            return False
+        schedule = self.workshop.schedule(job.spec)
+        twins = [self.ledger.twin(job.spec, step, names, schedule.fingerprint) for step, names in job.points]
+        if not all(twins):
+            return False
+        for (step, names), twin in zip(job.points, twins):
+            assert twin is not None
+            columns = [f"{metric}_{name}" for name in names for metric in METRICS] + ["fingerprint", "lead"]
+            taken = {name: twin[name] for name in columns} | dict.fromkeys(SECONDS, 0.0)
+            what = {"step": step, "status": DONE, "error": "", "same_as": twin["schedule"], **taken, **self.about()}
+            self.ledger.runs.put({**asdict(job.spec), **what})
+            self.say(f"{job}: the schedule of {twin['schedule']}, which was trained on this seed")
+        return True
 
 
 def work(

@@ -17,6 +17,7 @@ from fastasync.errors import UserError
 from fastasync.model import LightningDiT, forward_flops
 from fastasync.training.build import build_model, choose_autocast, prepare_sampling
 from fastasync.training.engine import compile_in_place
+from fastasync.training.graph import WARM_UP, GraphedForward
 
 
 def guided_update(bench: Bench) -> None:
@@ -45,14 +46,23 @@ def guided_update(bench: Bench) -> None:
         )
 
 
-def forward(model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT) -> Callable[..., Tensor]:
-    """``run(z, tau, y)``: the velocity, under autocast in ``dtype``; for inputs in float64 that of ``exact`` in it."""
+def forward(
+    model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT, recorded: bool = False
+) -> Callable[..., Tensor]:
+    """``run(z, tau, y)``: the velocity, under autocast in ``dtype``; for inputs in float64 that of ``exact`` in it.
+
+    ``recorded``: replayed from a CUDA graph, which is recorded here.
+    """
+
+    def narrow(z: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, dtype, enabled=dtype is not None):
+            return model(z, tau, y)
+
+    replayed = GraphedForward(narrow, next(model.parameters()).device) if recorded else narrow
 
     def run(z: Tensor, tau: Tensor, y: Tensor) -> Tensor:
-        wide = z.dtype == torch.float64
-        chosen = copy.deepcopy(exact).double() if wide else model
-        with torch.no_grad(), torch.autocast(z.device.type, dtype, enabled=dtype is not None and not wide):
-            return chosen(z, tau, y)
+        with torch.no_grad():
+            return copy.deepcopy(exact).double()(z, tau, y) if z.dtype == torch.float64 else replayed(z, tau, y)
 
     return run
 
@@ -60,7 +70,10 @@ def forward(model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT)
 def run(bench: Bench) -> None:
     guided_update(bench)
     size, batch = ("tiny", 4) if bench.small else ("XL", 128)
-    names = ("pytorch eager", "ours eager") if bench.small else ("pytorch regional", "ours regional", "ours fp8")
+    usual = ("pytorch regional", "ours regional", "ours fp8", "ours fp8 graph")
+    if bench.variants:  # the first one is what the others are compared with
+        usual = tuple(dict.fromkeys(("pytorch regional", *bench.variants)))
+    names = ("pytorch eager", "ours eager") if bench.small else usual
     models: dict[str, LightningDiT] = {}
     calls: dict[str, Callable[..., Tensor]] = {}
     tau = torch.full((batch, 2), 0.5, device=bench.device)
@@ -86,8 +99,9 @@ def run(bench: Bench) -> None:
             break
         try:
             model, dtype = build(name, {}, name.startswith("ours"))
-            call = forward(model, dtype, next(iter(models.values()), model))
-            call(z, tau, y)
+            call = forward(model, dtype, next(iter(models.values()), model), "graph" in name)
+            for _ in range(WARM_UP + 1):  # what is recorded is, by then
+                call(z, tau, y)
         except UserError as error:
             bench.skip(f"sampling {name}", str(error))
             continue
@@ -95,10 +109,11 @@ def run(bench: Bench) -> None:
     if not calls:
         return
     errors = check({name: call for name, call in calls.items() if "fp8" not in name}, [z, tau, y])
-    if "ours fp8" in calls:  # against fp8 in plain PyTorch
+    fp8 = [name for name in calls if "fp8" in name]
+    if fp8:  # against fp8 in plain PyTorch
         changes = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"compile": "off"}}
         plain = forward(*build("ours fp8", changes, True), next(iter(models.values())))
-        errors |= check({"reference": plain, "ours fp8": calls["ours fp8"]}, [z, tau, y])
+        errors |= check({"reference": plain} | {name: calls[name] for name in fp8}, [z, tau, y])
         del plain
     times = bench.interleaved({name: lambda call=call: call(z, tau, y) for name, call in calls.items()}, warm=2)
     for name, values in times.items():

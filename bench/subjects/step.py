@@ -125,15 +125,17 @@ def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def chosen(bench: Bench, plan: tuple) -> bool:
-    """Whether a plan is of the sizes and variants that were asked for."""
-    size, _, names = plan
-    return (not bench.sizes or size in bench.sizes) and (not bench.variants or set(names) == set(bench.variants))
+def asked(bench: Bench) -> list[tuple[str, int, tuple[str, ...]]]:
+    """The plans of the sizes that were asked for, or the variants that were, at each of those sizes."""
+    plans = [plan for plan in PLANS if not bench.sizes or plan[0] in bench.sizes]
+    if not bench.variants:
+        return plans
+    return [(size, 256, tuple(bench.variants)) for size in dict.fromkeys(size for size, _, _ in plans)]
 
 
-def run(bench: Bench, plans: tuple = PLANS) -> None:
+def run(bench: Bench) -> None:
     small = (("tiny", 8, ("pytorch eager", "ours eager", "ours fp8", "ours graph")),)  # compiling for a CPU is slow
-    for size, batch, names in small if bench.small else [plan for plan in plans if chosen(bench, plan)]:
+    for size, batch, names in small if bench.small else asked(bench):
         batch = bench.batch or batch
         if bench.time_is_up(f"step {size} {', '.join(names)}"):
             continue

@@ -1,4 +1,5 @@
-"""One training step as a CUDA graph, where launching its kernels takes time that running them does not hide.
+"""A training step, or a pass of sampling, as a CUDA graph: where launching kernels takes time that running them does
+not hide.
 
 Everything that the device does in a step is recorded once and replayed.  What changes from step to step reaches it
 through fixed memory: the batch, the times (drawn on the CPU), the learning rate, and the step number, from which the
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from fastasync.optim import EmaInterface, FusedAdamW
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
 LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
+FORWARD_BOUND = 7e12  # the same for a pass of sampling, which has a third of a step's kernels
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
 _log = logging.getLogger(__name__)
 
@@ -168,23 +171,87 @@ class GraphedStep:
         return out
 
     def _record(self, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-        graph = torch.cuda.CUDAGraph()
-        # what the garbage collector ends (an older recording, say) may call the device, which would end this recording
-        gc.collect()
-        collecting = gc.isenabled()
-        gc.disable()
+        return record(run, self._device)
+
+
+def record(run: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
+    """What replays ``run`` on the memory that it was recorded with; records, and runs nothing."""
+    graph = torch.cuda.CUDAGraph()
+    # what the garbage collector ends (an older recording, say) may call the device, which would end this recording
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        # a loader's thread may use CUDA meanwhile.  The outer context: a recording that cannot even be ended would
+        # leave its stream the current one
+        here = torch.cuda.stream(torch.cuda.current_stream(device))
+        with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = run()
+    finally:
+        if collecting:
+            gc.enable()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def wants_forward_graph(choice: str, device: torch.device, flops: float, precision: str) -> bool:
+    """Whether passes of sampling (``sample.cuda_graph``) are recorded: ``on``, or ``auto`` for small ones and for fp8.
+
+    ``flops``: of one pass over a batch.  Raises UserError for ``on`` without CUDA.
+    """
+    if choice == "on" and device.type != "cuda":
+        raise UserError("sample.cuda_graph", choice, f"needs a CUDA device, this is {device.type}: use off or auto")
+    asked = launch_bound(choice, flops, FORWARD_BOUND) or (choice == "auto" and precision == "fp8")
+    return asked and device.type == "cuda"
+
+
+class GraphedForward:
+    """Calls ``function(x, tau, y)``; the first shape that has come ``WARM_UP`` times is replayed from a recording.
+
+    Other shapes (the last batch is smaller) run as they are, and so do all where a recording runs out of memory.
+    ``function`` must depend on nothing but its arguments and weights that stay.  What is returned is the caller's.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device):
+        self._function, self._device = function, device
+        self._seen: Counter[Hashable] = Counter()
+        self._recorded: Hashable = None  # the key of what is recorded
+        self._fixed: tuple[Tensor, ...] = ()
+        self._replay: Callable[[], tuple[Tensor, ...]] | None = None
+        self._tried = False
+
+    def __call__(self, x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
+        arguments = (x, tau, y)
+        key = tuple((each.shape, each.dtype, each.device) for each in arguments)
+        if not self._tried and self._seen[key] == WARM_UP:
+            self._tried = True
+            self._replay = self._recording(arguments)
+            self._recorded = key if self._replay else None
+        if self._replay is None or key != self._recorded:
+            self._seen[key] += 1
+            return self._function(*arguments)
+        for target, value in zip(self._fixed, arguments):
+            target.copy_(value)
+        return self._replay()[0].clone()
+
+    def _recording(self, arguments: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]] | None:
+        self._fixed = tuple(each.clone() for each in arguments)
         try:
-            # records, and runs nothing; a loader's thread may use CUDA meanwhile.  The outer context: a recording that
-            # cannot even be ended would leave its stream the current one
-            here = torch.cuda.stream(torch.cuda.current_stream(self._device))
-            with here, torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                out = run()
-        finally:
-            if collecting:
-                gc.enable()
+            return self._record(lambda: (self._function(*self._fixed),))
+        except RuntimeError as error:
+            if out_of_memory(error) is None:
+                raise
+        # outside of the handler: there the error keeps what it has passed through alive
+        self._fixed = ()
+        gc.collect()
+        torch.cuda.empty_cache()
+        _log.warning("passes are not recorded: a recording ran out of memory (sample.cuda_graph=off does not try)")
+        return None
 
-        def replay() -> tuple[Tensor, ...]:
-            graph.replay()
-            return out
-
-        return replay
+    def _record(self, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        with torch.no_grad():
+            return record(run, self._device)

@@ -338,14 +338,15 @@ def test_a_rows_magnitude_that_is_not_the_written_tensors_is_seen(fp8_rounding, 
 
 
 def test_plans_of_a_step_by_size_and_variants():
-    def chosen(**options):
-        return [plan for plan in step.PLANS if step.chosen(Bench(CPU, **options), plan)]
+    def asked(**options):
+        return step.asked(Bench(CPU, **options))
 
-    assert chosen() == list(step.PLANS)
-    assert {size for size, _, _ in chosen(sizes=["S", "B"])} == {"S", "B"}
+    assert asked() == list(step.PLANS)
+    assert {size for size, _, _ in asked(sizes=["S", "B"])} == {"S", "B"}
     both = ("ours regional", "ours regional plain MLP")
-    assert chosen(variants=both) == chosen(variants=both[::-1], sizes=["XL"]) == [("XL", 256, both)]
-    assert chosen(variants=both[:1]) == []
+    assert asked(variants=both, sizes=["XL"]) == [("XL", 256, both)]
+    # any variants, at every size: not only those of a plan
+    assert asked(variants=both[:1]) == [(size, 256, both[:1]) for size in ("XL", "cifar10", "B", "S", "L")]
     configs = [configuration("XL", 256, name) for name in both]
     assert differences(*configs) == []  # what was trained is the same
     assert [config.model.mlp for config in configs] == ["auto", "plain"]

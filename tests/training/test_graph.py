@@ -6,10 +6,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastasync.config import config_from_dict
 from fastasync.errors import UserError
 from fastasync.optim import FusedAdamW, build_optimizer
 from fastasync.training import PlainEngine, build_model, engine
-from fastasync.training.graph import LAUNCH_BOUND, SPARE, WARM_UP, GraphedStep, Memory, Part, wants_graph
+from fastasync.training.build import prepare_sampling
+from fastasync.training.graph import (
+    FORWARD_BOUND,
+    LAUNCH_BOUND,
+    SPARE,
+    WARM_UP,
+    GraphedForward,
+    GraphedStep,
+    Memory,
+    Part,
+    wants_forward_graph,
+    wants_graph,
+)
 
 
 class Pretend(GraphedStep):
@@ -240,3 +253,91 @@ def test_a_recording_that_runs_out_of_memory_on_the_gpu(caplog):
     assert [line.split(":")[0] for line in said] == ["steps are recorded as a CUDA graph", "steps are not recorded"]
     assert torch.ones(3, device="cuda").sum().item() == 3
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+class PretendForward(GraphedForward):
+    """As ``Pretend``, for passes of sampling."""
+
+    recorded = 0
+    room = True
+
+    def _record(self, run):
+        self.recorded += 1
+        if not self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return run
+
+
+def pass_arguments(batch, seed, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    x, tau = torch.randn(batch, 3, 2, 2, generator=generator), torch.rand(batch, 2, generator=generator)
+    return x.to(device), tau.to(device), torch.arange(batch, device=device)
+
+
+def one_pass(x, tau, y):
+    return (x * tau.sum(1)[:, None, None, None]).sin() + y[:, None, None, None]
+
+
+def test_passes_of_the_first_shape_are_replayed():
+    graphed = PretendForward(one_pass, torch.device("cpu"))
+    kept = []
+    for number in range(WARM_UP + 4):  # the last batch is smaller, and may come at any time
+        for batch in (5, 4) if number == 1 or number > WARM_UP + 1 else (5,):
+            kept.append((pass_arguments(batch, number), graphed(*pass_arguments(batch, number))))
+        assert graphed.recorded == (number >= WARM_UP)
+    for arguments, found in kept:  # what was returned is not overwritten by later passes
+        assert torch.equal(found, one_pass(*arguments))
+    other = [value.double() if value.is_floating_point() else value for value in pass_arguments(5, 1)]
+    assert graphed(*other).dtype == torch.float64
+    assert graphed.recorded == 1
+
+
+def test_passes_go_on_where_a_recording_finds_no_memory(caplog):
+    graphed = PretendForward(one_pass, torch.device("cpu"))
+    graphed.room = False
+    for number in range(WARM_UP + 4):
+        arguments = pass_arguments(3, number)
+        assert torch.equal(graphed(*arguments), one_pass(*arguments))
+    assert graphed.recorded == 1
+    assert [line.getMessage().split(":")[0] for line in caplog.records] == ["passes are not recorded"]
+
+
+def test_which_passes_are_recorded():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    small, large = FORWARD_BOUND / 2, FORWARD_BOUND * 2
+    assert [wants_forward_graph("auto", cuda, flops, "auto") for flops in (small, large)] == [True, False]
+    assert wants_forward_graph("auto", cuda, large, "fp8")
+    assert wants_forward_graph("on", cuda, large, "auto")
+    assert not wants_forward_graph("off", cuda, small, "fp8")
+    assert not wants_forward_graph("auto", cpu, small, "fp8")
+    with pytest.raises(UserError, match=r"sample\.cuda_graph.*needs a CUDA device, this is cpu"):
+        wants_forward_graph("on", cpu, small, "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_recorded_passes_are_the_same_on_the_gpu(precision):
+    """Of a real network with our kernels, bit by bit."""
+    torch.manual_seed(0)
+    shape = dict(size="custom", depth=2, width=128, heads=4, classes=10)
+    model = build_model(config_from_dict({"representations": dict(channels=[6, 2], grid=8), "model": shape}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.05)
+    model = model.cuda().eval().requires_grad_(False)
+    dtype = prepare_sampling(model, 16, precision, torch.device("cuda"))
+
+    def call(x, tau, y):
+        with torch.no_grad(), torch.autocast("cuda", dtype):
+            return model(x, tau, y)
+
+    graphed, plain, found = GraphedForward(call, torch.device("cuda")), [], []
+    for number in range(WARM_UP + 4):
+        generator = torch.Generator("cuda").manual_seed(number)
+        x = torch.randn(16, 8, 8, 8, device="cuda", generator=generator)
+        tau, y = torch.rand(16, 2, device="cuda", generator=generator), torch.arange(16, device="cuda") % 10
+        plain.append(call(x, tau, y))
+        found.append(graphed(x, tau, y))
+        call(x + 1, tau, y)  # what others do to the memory between two passes is no matter
+    assert graphed._replay is not None
+    assert all(torch.equal(one, other) for one, other in zip(plain, found))
