@@ -115,10 +115,13 @@ class Ledger:
             raise UserError(str(self.runs.path), text, f"is no {metric}: {column} of {spec}, {step} steps")
         return value
 
-    def twin(self, spec: Spec, step: int, samplers: Sequence[str], fingerprint: str) -> Row | None:
-        """The row of the same training with the same schedule under another name, when it has these samplers."""
+    def twin(self, spec: Spec, step: int, samplers: Sequence[str], shared: Row) -> Row | None:
+        """The row of the same training with the same schedule under another name, when it has these samplers.
+
+        ``shared``: what both must have besides (the schedule's fingerprint, the hardware, the commit).
+        """
         same = {name: str(getattr(spec, name)) for name in SPEC_FIELDS if name not in ("schedule", "probe")}
-        same |= {"step": str(step), "status": DONE, "fingerprint": fingerprint, "same_as": ""}
+        same |= {"step": str(step), "status": DONE, "same_as": "", **shared}
         for row in self.runs.rows.values():
             scored = all(row[f"fid_{name}"] for name in samplers)
             if scored and row["schedule"] != spec.schedule and same.items() <= row.items():
@@ -269,6 +272,8 @@ def measured_rates(ledger: Ledger, hardware: str, assumed: Rates) -> Rates:
         if row["status"] != DONE or row["same_as"] or row["hardware"] != hardware or not usual:
             continue
         names = [name for name in ledger.study.samplers if row[f"fid_{name}"]]
+        if not names or not all(row[part] for part in SECONDS):
+            continue  # emptied by hand, to be done again
         dopri5 = float(row.get("nfe_dopri5") or 0) or None
         evaluations = sum(evaluations_of(name, dopri5) for name in names)
         step.append(float(row["train_seconds"]) / int(row["step"]))

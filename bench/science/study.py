@@ -220,6 +220,7 @@ class Worker:
                         "step": step,
                         "status": DONE,
                         "error": "",
+                        "same_as": "",
                         **found,
                         "fingerprint": trained.schedule.fingerprint,
                         "lead": trained.schedule.lead(),
@@ -233,15 +234,19 @@ class Worker:
 
     def _known(self, job: TrainJob) -> bool:
         """Where a rule chose a schedule that was trained under another name: the same run, whose figures are taken."""
-        if job.spec.start != "scratch" or any(self.ledger.row(job.spec, step) for step, _ in job.points):
+        own = [self.ledger.row(job.spec, step) for step, _ in job.points]
+        if job.spec.start != "scratch" or any(row and not row["same_as"] for row in own):
             return False
-        schedule = self.workshop.schedule(job.spec)
-        twins = [self.ledger.twin(job.spec, step, names, schedule.fingerprint) for step, names in job.points]
+        schedule = self.workshop.schedule(job.spec)  # may take a probe's minutes
+        self.ledger.refresh()
+        same = {name: self.about()[name] for name in ("hardware", "commit")} | {"fingerprint": schedule.fingerprint}
+        twins = [self.ledger.twin(job.spec, step, names, same) for step, names in job.points]
         if not all(twins):
             return False
         for (step, names), twin in zip(job.points, twins):
             assert twin is not None
             columns = [f"{metric}_{name}" for name in names for metric in METRICS] + ["fingerprint", "lead"]
+            columns += ["nfe_dopri5"] if "nfe_dopri5" in twin else []
             taken = {name: twin[name] for name in columns} | dict.fromkeys(SECONDS, 0.0)
             what = {"step": step, "status": DONE, "error": "", "same_as": twin["schedule"], **taken, **self.about()}
             self.ledger.runs.put({**asdict(job.spec), **what})

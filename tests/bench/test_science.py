@@ -419,26 +419,6 @@ def test_integrators_are_compared_on_the_same_networks(finished):
     assert report.sentences[0].startswith("synchronous: heun_euler3 against heun4 ")
 
 
-def test_a_schedule_under_another_name_is_not_trained_again(finished, monkeypatch, tmp_path):
-    _, _, workshop, _ = finished
-    ledger = Ledger(TINY, [0], tmp_path)
-    spec, chosen = Spec("power:2", 5), workshop.schedule(Spec("power:2", 5))
-    monkeypatch.setattr(workshop, "schedule", lambda spec: chosen)  # what C finds, too
-    fake(ledger, spec, {"heun2": 3.0})
-    ledger.runs.put({**vars(spec), "step": 40, "fingerprint": chosen.fingerprint, "kid_heun2": 0.5})
-    job = TrainJob(Spec("C", 5), ((40, ("heun2",)),))
-    study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None).run(job)
-    row = ledger.row(job.spec, 40)
-    assert (row["status"], row["same_as"], row["fid_heun2"], row["kid_heun2"]) == ("done", "power:2", "3", "0.5")
-    assert (row["fingerprint"], float(row["train_seconds"])) == (chosen.fingerprint, 0)
-    assert not workshop.run_folder(job.spec).exists()
-    assert plan.measured_rates(ledger, "x", ASSUMED).step == 1.0  # of the run alone
-    # another seed, objective, step or sampler is another run
-    others = [(replace(job.spec, seed=6), 40, "heun2"), (replace(job.spec, objective="uncorrected"), 40, "heun2")]
-    for other, step, name in [*others, (job.spec, 20, "heun2"), (job.spec, 40, "heun4")]:
-        assert ledger.twin(other, step, [name], chosen.fingerprint) is None
-
-
 def test_a_failed_run_is_a_row_and_the_rest_goes_on(finished, monkeypatch, tmp_path):
     _, _, workshop, _ = finished
     ledger = Ledger(TINY, [0], tmp_path)
