@@ -127,6 +127,8 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
         probe_plan(config, planned_flops(config), selection)
     if config.sampling_precision == "fp8" and "sample" in stages:
         check_fp8(choose_device(config.train.device), "sample.precision")
+    if "sample" in stages:
+        wants_forward_graph(config.sample.cuda_graph, choose_device(config.train.device), 0, config.sampling_precision)
     if config.sample.guidance == "autoguidance" and "sample" in stages:
         weak = Path(config.sample.weak_checkpoint)
         if not weak.exists():

@@ -254,6 +254,7 @@ def test_bad_input_before_any_work(tmp_path, capsys):
         (arguments(out, "probe.train_share=1"), "probe.train_share", "leaves nothing"),
         (arguments(out, "train.precision=fp8"), "train.precision", "needs a GPU"),
         (arguments(out, "sample.precision=fp8"), "sample.precision", "needs a GPU"),
+        (arguments(out, "sample.cuda_graph=on"), "sample.cuda_graph", "needs a CUDA device"),
         (arguments(out, "train.optimizer=apex"), "train.optimizer", "NVIDIA apex"),
         (arguments(out, "model.attention=fa3"), "model.attention", "needs a CUDA device"),
         (arguments(out, "sample.count=1"), "sample.count", "at least 2"),

@@ -177,7 +177,8 @@ class Worker:
         if isinstance(job, RankJob):
             self.ledger.ranks.put({"variant": job.variant, "seed": job.seed, "schedule": "C", **what})
             return
-        for step, _ in job.points:
+        left = self.ledger.missing(job)  # points that were finished before it failed stay so
+        for step, _ in left.points if isinstance(left, TrainJob) else ():
             self.ledger.runs.put({**asdict(job.spec), "step": step, **what})
 
     def _rank(self, job: RankJob) -> None:
@@ -239,7 +240,7 @@ class Worker:
             return False
         schedule = self.workshop.schedule(job.spec)  # may take a probe's minutes
         self.ledger.refresh()
-        same = {name: self.about()[name] for name in ("hardware", "commit")} | {"fingerprint": schedule.fingerprint}
+        same = {"fingerprint": schedule.fingerprint, "hardware": self.workshop.hardware, "commit": self.commit}
         twins = [self.ledger.twin(job.spec, step, names, same) for step, names in job.points]
         if not all(twins):
             return False

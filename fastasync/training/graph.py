@@ -16,7 +16,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from fastasync_kernels._timing import out_of_memory
@@ -27,8 +27,9 @@ from fastasync.optim import EmaInterface, FusedAdamW
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
 LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
-FORWARD_BOUND = 7e12  # the same for a pass of sampling, which has a third of a step's kernels
+FORWARD_BOUND = 7e12  # the same for a pass of sampling: a third of it, as a pass is of a step; not measured
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -133,12 +134,9 @@ class GraphedStep:
             _log.info("steps are recorded as a CUDA graph: %s", said)
         fixed = [[None if value is None else value.clone() for value in part] for part in parts]
         self._parts = [Part(*values) for values in fixed]  # type: ignore[arg-type]
-        try:
-            return self._record(lambda: self._function(self._step, self._parts))
-        except RuntimeError as error:
-            if out_of_memory(error) is None:
-                raise
-        # outside of the handler: there the error keeps what it has passed through alive
+        replay = unless_out_of_memory(lambda: self._record(lambda: self._function(self._step, self._parts)))
+        if replay is not None:
+            return replay
         self._parts = []
         self._undo()
         self._release()
@@ -198,6 +196,16 @@ def record(run: Callable[[], tuple[Tensor, ...]], device: torch.device) -> Calla
     return replay
 
 
+def unless_out_of_memory(make: Callable[[], T]) -> T | None:
+    """What ``make`` returns, or None where the memory ends.  What it held is free then: no handler keeps it alive."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if out_of_memory(error) is None:
+            raise
+    return None
+
+
 def wants_forward_graph(choice: str, device: torch.device, flops: float, precision: str) -> bool:
     """Whether passes of sampling (``sample.cuda_graph``) are recorded: ``on``, or ``auto`` for small ones and for fp8.
 
@@ -240,12 +248,9 @@ class GraphedForward:
 
     def _recording(self, arguments: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]] | None:
         self._fixed = tuple(each.clone() for each in arguments)
-        try:
-            return self._record(lambda: (self._function(*self._fixed),))
-        except RuntimeError as error:
-            if out_of_memory(error) is None:
-                raise
-        # outside of the handler: there the error keeps what it has passed through alive
+        replay = unless_out_of_memory(lambda: self._record(lambda: (self._function(*self._fixed),)))
+        if replay is not None:
+            return replay
         self._fixed = ()
         gc.collect()
         torch.cuda.empty_cache()

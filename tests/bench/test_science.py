@@ -435,6 +435,25 @@ def test_a_failed_run_is_a_row_and_the_rest_goes_on(finished, monkeypatch, tmp_p
     assert "cascade 0 nowhere" in study.write_reports(ledger, [1], "x").read_text()
 
 
+def test_what_was_scored_before_a_failure_stays_done(finished, monkeypatch, tmp_path):
+    _, _, workshop, _ = finished
+    ledger = Ledger(TINY, [0], tmp_path)
+    score = workshop.score
+
+    def breaks(spec, trained, step, name):
+        if step == 40:
+            raise RuntimeError("the device is gone")
+        return score(spec, trained, step, name)
+
+    monkeypatch.setattr(workshop, "score", breaks)
+    job = TrainJob(Spec("power:2", 7), ((20, ("heun2",)), (40, ("heun2",))))
+    study.Worker(ledger, workshop, "the command", keep=True, say=lambda line: None).run(job)
+    rows = [ledger.row(job.spec, step) for step in (20, 40)]
+    assert [row["status"] for row in rows] == ["done", FAILED]
+    assert float(rows[0]["fid_heun2"]) > 0
+    assert "the device is gone" in rows[1]["error"]
+
+
 def test_failures_in_a_row_stop_the_study(finished, monkeypatch, tmp_path):
     _, _, workshop, _ = finished
     ledger = Ledger(TINY, [0], tmp_path)

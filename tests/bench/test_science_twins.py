@@ -38,9 +38,8 @@ def test_a_schedule_under_another_name_is_not_trained_again(monkeypatch, tmp_pat
     row = ledger.row(job.spec, STEPS)
     assert (row["status"], row["same_as"], row["fid_heun10"], row["kid_heun10"]) == ("done", "power:2", "3", "0.5")
     assert (row["fingerprint"], float(row["train_seconds"])) == (chosen.fingerprint, 0)
-    assert plan.measured_rates(ledger, workshop.hardware, Rates(9.0, 9.0, 9.0)).step == pytest.approx(
-        40 / STEPS
-    )  # of the run alone
+    rates = plan.measured_rates(ledger, workshop.hardware, Rates(9.0, 9.0, 9.0))
+    assert rates.step == pytest.approx(40 / STEPS)  # of the run alone
     ledger.runs.put({**vars(spec), "step": STEPS, "fid_heun18": 2.0})  # a sampler more: it is taken, too
     worker.run(TrainJob(job.spec, ((STEPS, ("heun18",)),)))
     assert ledger.row(job.spec, STEPS)["fid_heun18"] == "2"

@@ -57,9 +57,7 @@ def test_two_ranks_stop_before_a_step_and_at_one(tmp_path, latents):
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
         (line,) = [line for line in done.stderr.splitlines() if "fastasync: error" in line]
         assert f"{latents / 'shard-00001.safetensors'}: altered (hash " in line
-        # torchrun names the rank that it saw end first: ours, or (seen once) its peer, aborted by gloo as ours is gone
-        assert "exitcode  : 2 " in done.stderr or "Signal 6 (SIGABRT)" in done.stderr
-        assert done.returncode != 0
+        assert "exitcode  : 2 " in done.stderr
         newest = checkpoint.newest(out / "checkpoints")
         assert (newest.path is not None) == (start[-1] == "train")
         if newest.path is not None:
