@@ -171,13 +171,15 @@ def forward_with_tops(packed: Tensor, tops: bool = True) -> tuple[Tensor, Tensor
     return out, row_top, top
 
 
-@torch.library.custom_op("fastasync::swiglu", mutates_args=())
-def _forward_op(packed: Tensor, bias: Tensor | None) -> Tensor:
+def _check(packed: Tensor) -> None:
     check_tensor("packed", packed, FLOATS)
     if packed.dim() < 1 or packed.shape[-1] < 2 or packed.shape[-1] % 2:
         raise ValueError(f"packed must be [..., 2 F], not {list(packed.shape)}")
-    if bias is not None:
-        check_tensor("bias", bias, (torch.float32, packed.dtype), packed.shape[-1:], packed.device)
+
+
+@torch.library.custom_op("fastasync::swiglu", mutates_args=())
+def _forward_op(packed: Tensor, bias: Tensor | None) -> Tensor:
+    _check(packed)
     return forward_with_tops(packed, tops=False)[0]
 
 
@@ -244,6 +246,8 @@ def swiglu(packed: Tensor, *, bias: Tensor | None = None) -> Tensor:
     bias: [2 F], float32 or packed's dtype.  Its gradient is returned, the sum of packed's over all rows; its values are
     not read: pass it when the linear that made packed used ``bias.detach()``.
     """
+    if bias is not None:  # before the operator: for a bias on meta the dispatcher takes the shape-only implementation
+        check_tensor("bias", bias, (torch.float32, packed.dtype), packed.shape[-1:], packed.device)
     return _forward_op(packed, bias)
 
 

@@ -128,6 +128,24 @@ def test_bias_of_another_shape_or_dtype_is_refused():
         swiglu(packed, bias=torch.zeros(8, dtype=torch.float64, device=packed.device))
 
 
+def test_another_device_is_refused():
+    packed, _ = draw((2, 8), seed=9)
+    with pytest.raises(ValueError, match="bias is on meta, the other arguments on"):
+        swiglu(packed, bias=torch.zeros(8, device="meta"))
+    # the check itself: the dispatcher would send a meta tensor to the shape-only implementation
+    with pytest.raises(ValueError, match="packed is on meta: the Triton kernels need CUDA; choose kernels=reference"):
+        module._check(packed.to("meta"))
+
+
+@pytest.mark.gpu
+def test_a_tensor_of_a_cpu_beside_one_of_a_gpu_is_refused():
+    packed, _ = draw((2, 8), seed=9)
+    with pytest.raises(ValueError, match="bias is on cpu, the other arguments on cuda"):
+        swiglu(packed, bias=torch.zeros(8))
+    with pytest.raises(ValueError, match="packed is on cpu: the Triton kernels need CUDA"):
+        swiglu(packed.cpu())
+
+
 @pytest.mark.parametrize(
     ("packed", "error", "words"),
     [
