@@ -26,6 +26,7 @@ COLORS = {
 ROOFLINE = ("noising", "loss", "adaln", "qknorm_rope", "swiglu", "fp8_casts", "sampling", "attention", "mlp")
 PALETTE = ("#4c6a92", "#c8553d", "#8a9a5b", "#d8a448", "#7d6b91", "#b0b0b0")
 INTERVAL = re.compile(r"overhead ([+-][\d.]+)%, 95 % interval ([+-][\d.]+)% to ([+-][\d.]+)%")
+ROUNDS_SINCE = "2026-11-27"  # commit 269dc89, of the evening before: paired_overhead counts rounds, no longer steps
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
@@ -111,20 +112,31 @@ def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
 
 
 def overhead(rows: Sequence[Row], path: Path) -> Path | None:
-    """The learned schedule's step against the synchronous one, with 95 % intervals."""
+    """The learned schedule's step against the synchronous one, with 95 % intervals, and what these count."""
     found = [(r, INTERVAL.search(r.note)) for r in rows if r.subject == "schedule_overhead"]
     points = [(r, [float(text) for text in match.groups()]) for r, match in found if match]
     if not points:
         return None
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(points) + 1.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(points) + 1.8), layout="constrained")
     for place, (_, (mean, low, high)) in enumerate(points):
         axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=PALETTE[1], capsize=3)
-    axes.set_yticks(range(len(points)), [f"{r.case}, {r.shape}" for r, _ in points], fontsize=8)
+    labels = [f"{r.case}, {r.shape}\n{r.date[:10]}, {r.commit}" for r, _ in points]
+    axes.set_yticks(range(len(points)), labels, fontsize=8)
     axes.set_ylim(-0.6, len(points) - 0.4)
     axes.axvline(0.0, color="black", lw=0.8)
     axes.axvline(1.0, color="#888", lw=0.8, ls="--")
-    axes.set_xlabel("% of the synchronous step (dashed: the 1 % that is allowed)")
+    what = "% of the synchronous step (dashed: the 1 % that is allowed)"
+    axes.set_xlabel(f"{what}\n{counted([r for r, _ in points])}", fontsize=8)
     return finish(figure, path, "What a learned schedule costs", [row for row, _ in points])
+
+
+def counted(rows: Sequence[Row]) -> str:
+    """What the 95 % intervals of these rows take for independent measurements."""
+    early = [row.date < ROUNDS_SINCE for row in rows]
+    pairs = f"of before {ROUNDS_SINCE}: pairs of single steps, too narrow"
+    if all(early):
+        return f"95 % intervals {pairs}"
+    return "95 % intervals: rounds of several steps" + (f"; {pairs}" if any(early) else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -537,6 +537,15 @@ def test_a_pictures_corner_names_all_commits_and_days(bench):
     assert plots.about(rows) == "cpu, torch 2.11, 2026-11-24 to 2026-11-26, 3 commits, aaa to ccc"
 
 
+def test_a_picture_of_intervals_says_what_they_count(bench):
+    row = bench.add("schedule_overhead", "step XL", "learned", "batch 256", "bf16", summarize([360.0]))
+    old, new = (Row(**{**vars(row), "date": f"2026-11-{day} 10:00:00"}) for day in (26, 27))
+    pairs = "of before 2026-11-27: pairs of single steps, too narrow"
+    assert plots.counted([old]) == f"95 % intervals {pairs}"
+    assert plots.counted([new]) == "95 % intervals: rounds of several steps"
+    assert plots.counted([old, new]) == f"95 % intervals: rounds of several steps; {pairs}"
+
+
 @pytest.mark.parametrize(
     "names",
     [
