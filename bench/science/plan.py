@@ -115,6 +115,14 @@ class Ledger:
             raise UserError(str(self.runs.path), text, f"is no {metric}: {column} of {spec}, {step} steps")
         return value
 
+    def fact(self, row: Row, column: str) -> float:
+        """A number of a probe's row.  Raises UserError that names the cell."""
+        try:
+            return float(row[column])
+        except ValueError:
+            what = f"is no {column} of probe {row['variant']}, seed {row['seed']}, {row['schedule']}: remove that row"
+            raise UserError(str(self.ranks.path), repr(row[column]), what) from None
+
     def twin(self, spec: Spec, step: int, samplers: Sequence[str], shared: Row) -> Row | None:
         """The row of the same training with the same schedule under another name, when it has these samplers.
 

@@ -60,16 +60,16 @@ def _report(ledger: Ledger) -> Report:
         row: dict[str, Any] = {
             "probe": variant,
             "steps": facts[0]["probe_steps"],
-            "share of the run": f"{float(facts[0]['budget']):.2%}",
+            "share of the run": f"{ledger.fact(facts[0], 'budget'):.2%}",
             "FLOPs": facts[0]["flops"],
-            "seconds": str(summary([float(fact["probe_seconds"]) for fact in facts])),
+            "seconds": str(summary([ledger.fact(fact, "probe_seconds") for fact in facts])),
             "choices": ", ".join(fact["chosen"] for fact in facts),
         }
         for column in ("Spearman of C", "Spearman of B"):
             values = [float(rank[column]) for rank in found if not math.isnan(rank[column])]
             row[column] = str(summary(values)) if values else ""
             if values and column == "Spearman of C":
-                points[variant] = [(float(facts[0]["flops"]), value) for value in values]
+                points[variant] = [(ledger.fact(facts[0], "flops"), value) for value in values]
         row["schedules"] = found[0]["schedules"] if found else ""
         rows.append(row)
     columns = ["probe", "steps", "share of the run", "FLOPs", "seconds", "schedules", "Spearman of C", "Spearman of B"]

@@ -79,12 +79,12 @@ def rank_agreement(ledger: Ledger, variant: str, seed: int) -> dict[str, float |
         row, trained = ledger.ranks.get(variant, seed, name), trained_against_synchronous(ledger, name)
         if row is None or row["status"] != "done" or trained is None:
             continue
-        if row["distance"] != "nan":
+        if not math.isnan(apart := ledger.fact(row, "distance")):
             with torch.no_grad():
                 kinetic = float(kinetic_energy(named_schedule(name, reps.names, reps.roles)))
-            distance.append((float(row["distance"]), trained))
-            score.append((gentle_score(float(row["distance"]), kinetic, energy), trained))
-        objective.append((float(row["objective"]), trained))
+            distance.append((apart, trained))
+            score.append((gentle_score(apart, kinetic, energy), trained))
+        objective.append((ledger.fact(row, "objective"), trained))
     if len(score) < 3:
         return None
     return {

@@ -21,6 +21,7 @@ from bench.science.table import locked
 from fastasync import sampling
 from fastasync.config import Config
 from fastasync.densities import DENSITIES
+from fastasync.errors import UserError
 from fastasync.evaluation import FeatureExtractor, FeatureSet, evaluate, frechet_distance
 from fastasync.evaluation.protocol import hardware_name
 from fastasync.files import load_tensors, write_json
@@ -39,11 +40,12 @@ Say = Callable[[str], None]
 
 
 class Trained(NamedTuple):
-    """A line of training at its last step: its checkpoints' folder, its schedule, seconds (compilation included)."""
+    """A line of training at its last step: its checkpoints' folder, its schedule, seconds (compilation included; None
+    where a process that was killed did not say its own)."""
 
     folder: Path
     schedule: Schedule
-    seconds: float
+    seconds: float | None
 
 
 class Score(NamedTuple):
@@ -173,8 +175,8 @@ class Workshop:
 
     def _probe_network(self, config: Config, estimator: str, variant: str, seed: int) -> tuple[Any, LossSurface]:
         folder = self.probe_folder(estimator, variant, seed, "pair")
-        facts = json.loads((folder / NETWORK_FACTS).read_text())
-        tensors = load_tensors(folder / NETWORK, facts["sha256"], f"remove {folder}")
+        remedy = f"remove {folder} and run the same command again"
+        tensors = load_tensors(folder / NETWORK, read_json(folder / NETWORK_FACTS, remedy)["sha256"], remedy)
         surface = LossSurface.fit(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
         network = build_probe(config, self.device)
         network.load_state_dict(tensors)
@@ -199,7 +201,8 @@ class Workshop:
         inputs, folder = self.inputs(spec.representations), self.run_folder(spec)
         record, kept = folder / "seconds.json", {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
         if record.exists() and set(steps) <= kept:  # by a longer run, too
-            return Trained(folder, schedule, json.loads(record.read_text()) * max(steps) / max(kept))
+            spent = _seconds(record)
+            return Trained(folder, schedule, spent and spent * max(steps) / max(kept))
         if max(kept, default=0) > max(steps):  # a longer run that did not keep them, or was cut off: beside it
             folder = folder.with_name(f"{folder.name}_to_{max(steps)}")
             record = folder / "seconds.json"
@@ -209,21 +212,27 @@ class Workshop:
         if self._compiled not in (None, shape):
             torch.compiler.reset()  # another network: its graphs would count against the limit of recompilations
         self._compiled = shape
+        # of a run that a killed process had begun nobody knows the seconds
+        before = _seconds(record) if record.exists() else None if kept else 0.0
         start = time.perf_counter()
-        result = train(
-            config,
-            inputs.latents,
-            schedule,
-            folder,
-            statistics_fingerprint=inputs.statistics_fingerprint,
-            progress=sys.stderr.isatty(),
-            say=self.say,
-        )
-        spent = time.perf_counter() - start
-        before = json.loads(record.read_text()) if record.exists() else 0.0
-        if result.step > result.resumed_from:  # else it was complete, and its seconds are known
-            before += spent
-            write_json(record, before)
+        try:
+            result = train(
+                config,
+                inputs.latents,
+                schedule,
+                folder,
+                statistics_fingerprint=inputs.statistics_fingerprint,
+                progress=sys.stderr.isatty(),
+                say=self.say,
+            )
+            worked = result.step > result.resumed_from  # else it was complete, and its seconds are known
+        except BaseException:
+            worked = folder.exists()  # interrupted: the next process adds its own
+            raise
+        finally:
+            if worked:
+                before = None if before is None else before + time.perf_counter() - start
+                write_json(record, before)
         return Trained(folder, schedule, before)
 
     def _start_from_probe(self, spec: Spec, config: Config, schedule: Schedule, folder: Path) -> None:
@@ -298,6 +307,18 @@ class Workshop:
         folder = self.run_folder(spec)
         for each in (folder, *folder.parent.glob(f"{glob.escape(folder.name)}_to_*")):
             shutil.rmtree(each, ignore_errors=True)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """What a JSON file of the study's holds.  Raises UserError with the remedy where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read ({error})", remedy) from None
+
+
+def _seconds(record: Path) -> float | None:
+    return read_json(record, f"remove {record.parent} (it is trained again) and run the same command again")
 
 
 def evaluations_of(name: str, measured: float | None = None) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,14 @@ from bench.science.plan import (
     merge,
     seconds,
 )
-from bench.science.runner import Workshop
+from bench.science.runner import Workshop, read_json
 from bench.science.specs import SCAN_SEED, STUDIES, Study
-from bench.science.table import locked, markdown, write_csv
+from bench.science.table import Row, locked, markdown, write_csv
 from fastasync.errors import UserError, unknown_name
 from fastasync.files import atomic_path, write_json
+from fastasync.probe.network import ProbeDiverged
 from fastasync.report.style import png
-from fastasync.training import Interrupted
+from fastasync.training import Interrupted, TrainingError
 
 QUESTIONS: dict[int, Question] = {
     question.number: question
@@ -151,22 +152,28 @@ class Worker:
         self.command, self.commit = command, commit()
         self.failures = 0  # in a row
 
-    def about(self) -> dict[str, str]:
-        """Where a row comes from."""
+    def about(self, row: Row | None = None) -> dict[str, str]:
+        """Where a row comes from; ``row``: whose figures stay, made by another commit or on other hardware perhaps."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        return {"hardware": self.workshop.hardware, "commit": self.commit, "command": self.command, "date": today}
+        found = {"hardware": self.workshop.hardware, "commit": self.commit}
+        if row and row["status"] == DONE:
+            found = {name: _joined(row[name], value) for name, value in found.items()}
+        return {**found, "command": self.command, "date": today}
 
     def run(self, job: Job) -> None:
-        """One job; what goes wrong in it becomes its row."""
+        """One job; what goes wrong in it becomes its row.
+
+        Raises UserError: something is damaged or missing, and no run failed of it.  (One that diverged did.)
+        """
         try:
             if isinstance(job, RankJob):
                 self._rank(job)
             else:
                 self._train(job)
             self.failures = 0
-        except (Interrupted, KeyboardInterrupt):
-            raise
         except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, TrainingError | ProbeDiverged):
+                raise
             text = f"{type(error).__name__}: {error}"[:300]
             self.say(f"FAILED {job}: {text}")
             self._failed(job, text)
@@ -225,9 +232,9 @@ class Worker:
                         **found,
                         "fingerprint": trained.schedule.fingerprint,
                         "lead": trained.schedule.lead(),
-                        "train_seconds": round(trained.seconds * step / max(steps), 2),
+                        "train_seconds": trained.seconds and round(trained.seconds * step / max(steps), 2),
                         **{part: round(value, 2) for part, value in before.items()},
-                        **self.about(),
+                        **self.about(row),
                     }
                 )
         if not self.keep:
@@ -291,6 +298,10 @@ def work(
             time.sleep(WAIT)  # what another process finishes may make more jobs ready
 
 
+def _joined(before: str, now: str) -> str:
+    return " and ".join(dict.fromkeys([*filter(None, before.split(" and ")), now]))
+
+
 def _still_missing(ledger: Ledger, job: Job) -> bool:
     """Whether no other process has finished it since it was planned."""
     ledger.refresh()
@@ -344,12 +355,20 @@ def check_settings(ledger: Ledger, settings: Sequence[str], write: bool) -> None
     """
     path = ledger.out / "settings.json"
     asked = sorted(setting for setting in settings if not setting.startswith(PLACES))
-    known = json.loads(path.read_text()) if path.exists() else []
-    if asked != known and (ledger.runs.rows or ledger.ranks.rows):
-        remedy = f"the rows in {ledger.out} were made with {' '.join(known) or 'none'}: give another --out and --work"
-        raise UserError("--set", " ".join(asked) or "(none)", remedy)
-    if write and asked != known:
-        write_json(path, asked)
+    with locked(path.with_name(".settings.lock")) if write else nullcontext():
+        known = (
+            read_json(path, "it holds the --set of the rows beside it as a list: bring it back")
+            if path.exists()
+            else []
+        )
+        begun = path.exists() or ledger.runs.rows or ledger.ranks.rows
+        if asked != known and begun:
+            remedy = (
+                f"the rows in {ledger.out} were made with {' '.join(known) or 'none'}: give another --out and --work"
+            )
+            raise UserError("--set", " ".join(asked) or "(none)", remedy)
+        if write and not path.exists():
+            write_json(path, asked)
 
 
 def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = print) -> int:

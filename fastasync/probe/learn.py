@@ -7,6 +7,7 @@ probe network (B, C), from which an interrupted run goes on; while it is trained
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from fastasync.probe.surface import LEAST_ERRORS, LossSurface, sweep
 from fastasync.sampling.generate import initial_noise, sample_labels
 from fastasync.sampling.integrators import evaluations, integrate, time_grid
 from fastasync.schedule import Schedule, schedule_from_json
+from fastasync.training.interrupt import only_process
 from fastasync.training.out_of_memory import explained_batch
 
 RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
@@ -214,7 +216,8 @@ def learn_schedule(
         oracle: add the optimum over all monotone lattice paths on the fitted surface (B, C; K <= 3).
 
     Raises:
-        UserError: the budget is too small, C without a scorer, a folder of another configuration, a diverging probe.
+        UserError: the budget is too small, C without a scorer, a folder of another configuration, a diverging probe,
+            another process that probes in ``out_dir``.
     """
     probe, device = config.probe, torch.device(device)
     folder = Path(out_dir) if out_dir is not None else None
@@ -242,10 +245,11 @@ def learn_schedule(
         network=network,
         forward=forward,
     )
-    result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
-    if folder is not None:
-        result.save(folder, fingerprint, trained)
-        Progress(folder, trained).finish()
+    with nullcontext() if folder is None else only_process(folder, "probing"):
+        result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
+        if folder is not None:
+            result.save(folder, fingerprint, trained)
+            Progress(folder, trained).finish()
     return result
 
 
