@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from fastasync_kernels import fp8_linear, reference
 from scipy import stats
 from torch import Tensor
 
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 COLD = 3  # the input sets together hold this many second-level caches
 MAX_SETS = 32
-DATASHEET_BF16 = 989e12  # H100 and H200 SXM, dense, FLOP/s: what MFU is a share of
+DATASHEET_BF16, DATASHEET_FP8 = 989e12, 1979e12  # H100 and H200 SXM, dense, FLOP/s: what MFU is a share of
+FP8 = ("fp8", "float8_e4m3fn")  # a row's dtype where its products are in fp8
 
 
 class WrongResult(AssertionError):
@@ -85,7 +88,10 @@ def paired_overhead(first: Sequence[float], second: Sequence[float], inner: int)
 
 @dataclass
 class Row:
-    """One line of results/<gpu>.csv.  Milliseconds a call; rates and shares are None where they say nothing."""
+    """One line of results/<gpu>.csv.  Milliseconds a call; rates and shares are None where they say nothing.
+
+    Rows in fp8 have fp8's ceiling and datasheet where ``Bench.measure_ceilings`` found one; earlier rows bf16's.
+    """
 
     date: str
     commit: str
@@ -158,6 +164,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return "cpu"
     return "-".join(torch.cuda.get_device_name(device).lower().replace("/", " ").split())
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether ``torch._scaled_mm`` multiplies in fp8 there: compute capability 8.9 (L4) or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -257,7 +268,7 @@ class Bench:
         self.small = device.type == "cpu"
         self.rows: list[Row] = []
         self.skipped: list[str] = []
-        self.copy_rate = self.matmul_rate = 0.0
+        self.copy_rate = self.matmul_rate = self.fp8_rate = 0.0
         try:
             from triton import __version__ as triton_version
         except ImportError:
@@ -322,7 +333,11 @@ class Bench:
     # --- ceilings ---------------------------------------------------------------------------------------------------
 
     def measure_ceilings(self) -> None:
-        """Copy bandwidth (bytes read plus written) and the rate of a large matrix product on random data."""
+        """Copy bandwidth (bytes read plus written) and the rate of a large matrix product on random data.
+
+        On a GPU that has fp8 products, that of the fp8 linears' product as well, with scales for rows: the ceiling of
+        rows in fp8.  No step reaches it: attention, embeddings, adaLN and the final layer are in bf16 there too.
+        """
         count, side, dtype = (2**24, 512, torch.float32) if self.small else (2**31, 8192, torch.bfloat16)
         source = torch.empty(count, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
@@ -333,6 +348,18 @@ class Bench:
         shape = f"{side}^3"
         self.add("ceilings", "copy", "torch", f"{count} bytes", "uint8", copy, nbytes=2 * count)
         self.add("ceilings", "matmul", "torch", shape, str(dtype).split(".")[1], matmul, flops=2 * side**3)
+        if not has_fp8(self.device):
+            return
+        try:  # after the others, which stay as they were, and by turns with a copy as the product in bf16 is
+            rows, columns = (fp8_linear.Fp8Rows(*reference.cast_rows(factor)[:2]) for factor in (a, b))
+            product = functools.partial(fp8_linear.product, rows, columns)
+            times = self.interleaved({"copy": lambda: target.copy_(source), "matmul": product}, 10)
+        except RuntimeError as error:  # a torch without such products for this GPU
+            self.skip("ceilings, fp8", " ".join(str(error).split())[:120])
+            return
+        found = summarize(times["matmul"])
+        self.fp8_rate = 2e3 * side**3 / found.median
+        self.add("ceilings", "matmul", "torch", shape, "float8_e4m3fn", found, flops=2 * side**3)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
@@ -353,7 +380,10 @@ class Bench:
     ) -> Row:
         """Print and keep one result.  ``images``: how many one call trains on or makes."""
         seconds = max(times.median, 1e-9) / 1e3
-        floors = [nbytes / self.copy_rate if self.copy_rate else 0, flops / self.matmul_rate if self.matmul_rate else 0]
+        rate, datasheet = self.matmul_rate, DATASHEET_BF16
+        if dtype in FP8 and self.fp8_rate:
+            rate, datasheet = self.fp8_rate, DATASHEET_FP8
+        floors = [nbytes / self.copy_rate if self.copy_rate else 0, flops / rate if rate else 0]
         row = Row(
             datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S"),
             *self._facts,
@@ -361,9 +391,9 @@ class Bench:
             gb_per_s=nbytes / seconds / 1e9 if nbytes else None,
             tflop_per_s=flops / seconds / 1e12 if flops else None,
             copy_gb_per_s=self.copy_rate / 1e9 or None,
-            matmul_tflop_per_s=self.matmul_rate / 1e12 or None,
+            matmul_tflop_per_s=rate / 1e12 or None,
             share=max(floors) / seconds if max(floors) else None,
-            mfu=flops / seconds / DATASHEET_BF16 if images and flops and not self.small else None,
+            mfu=flops / seconds / datasheet if images and flops and not self.small else None,
             images_per_s=images / seconds if images else None,
             gib=gib,
             note=note,
