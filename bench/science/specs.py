@@ -299,10 +299,13 @@ STUDIES = {
         sample_batch=100,
     ),
 }
+_CIFAR10 = STUDIES["cifar10"]
 STUDIES["cifar10-components"] = replace(
-    STUDIES["cifar10"],
+    _CIFAR10,
     preset="cifar10-components",
     fixed=("synchronous", *(f"offset:0.{tenths}" for tenths in (2, 3, 4, 6, 8)), *_POWERS[:4]),
     integrators=tuple(_integrators(intervals, (0.06, 0.12, 0.2)) for intervals in (9, 25)),
     third=("representations.names=texture,lowfreq,semantic", "representations.channels=24,3,16", _THIRD_ROLES),
+    probes={name: changes for name, changes in _CIFAR10.probes.items() if name != "as dear as the run"},
+    members=0,  # question 9 trains its shapes alone
 )
