@@ -11,6 +11,7 @@ import argparse
 import csv
 import importlib
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -70,11 +71,15 @@ def kernels(page: str) -> list[dict[str, str]]:
     """A row for each kernel in ncu's raw page (CSV: names, then units, then kernels)."""
     start = page.index('"ID"')  # what the program printed comes before
     names, units, *lines = csv.reader(io.StringIO(page[start:]))
-    return [_row(dict(zip(names, line)), dict(zip(names, units))) for line in lines if len(line) == len(names)]
+    rows = [_row(dict(zip(names, line)), dict(zip(names, units))) for line in lines if len(line) == len(names)]
+    for before, row in itertools.pairwise(rows):  # autograd's thread is in no range: its kernels come after
+        row["operation"] = row["operation"] or before["operation"]
+    return rows
 
 
 def _row(cells: Mapping[str, str], units: Mapping[str, str]) -> dict[str, str]:
-    ranges = [found[1] for cell in cells.values() if (found := re.search(rf"{LABEL}([^\"]+)", cell))]
+    # ncu writes the range's name, then a colon and its colour and payload
+    ranges = [found[1] for cell in cells.values() if (found := re.search(rf"{LABEL}([^\":]+)", cell))]
     values = {name: float(cells[metric].replace(",", "")) for name, metric in METRICS.items() if cells.get(metric)}
     if "us" in values:
         values["us"] *= _MICROSECONDS[units[METRICS["us"]]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import math
 import sys
 import time
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if keep:
             write_rows(path, [row])
 
+    # which backends were chosen, by what times, and why others were left out
+    logging.basicConfig(format="  %(message)s", stream=sys.stdout)
+    logging.getLogger("fastasync_kernels").setLevel(logging.INFO)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is called compiled goes on eagerly

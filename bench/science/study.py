@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ from bench.science.plan import (
 from bench.science.runner import Workshop, read_json
 from bench.science.specs import SCAN_SEED, STUDIES, Study
 from bench.science.table import Row, locked, markdown, write_csv
+from fastasync.config import Config
 from fastasync.errors import UserError, unknown_name
 from fastasync.files import atomic_path, write_json
-from fastasync.probe.network import ProbeDiverged
 from fastasync.report.style import png
 from fastasync.training import Interrupted, TrainingError
 
@@ -163,7 +163,7 @@ class Worker:
     def run(self, job: Job) -> None:
         """One job; what goes wrong in it becomes its row.
 
-        Raises UserError: something is damaged or missing, and no run failed of it.  (One that diverged did.)
+        Raises UserError: something is damaged or missing, and no run failed of it.
         """
         try:
             if isinstance(job, RankJob):
@@ -172,7 +172,7 @@ class Worker:
                 self._train(job)
             self.failures = 0
         except Exception as error:
-            if isinstance(error, UserError) and not isinstance(error, TrainingError | ProbeDiverged):
+            if isinstance(error, UserError) and not _of_the_run(error):
                 raise
             text = f"{type(error).__name__}: {error}"[:300]
             self.say(f"FAILED {job}: {text}")
@@ -296,6 +296,12 @@ def work(
             if room <= 0 or not any(_in_other_hands(workshop, job) for job in left):
                 return left
             time.sleep(WAIT)  # what another process finishes may make more jobs ready
+
+
+def _of_the_run(error: UserError) -> bool:
+    """Whether a run cannot be done as it is (it diverged, or its settings do not go together): no file is to blame."""
+    sections = {section.name for section in fields(Config)}
+    return isinstance(error, TrainingError) or error.field.partition(".")[0] in sections
 
 
 def _joined(before: str, now: str) -> str:

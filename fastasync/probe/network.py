@@ -220,14 +220,10 @@ def drop_some(ops: Any, y: Tensor, config: Config, step: int | Tensor, samples: 
     return ops.drop_labels(y, config.model.classes, config.model.label_dropout, config.probe.seed, step, samples)
 
 
-class ProbeDiverged(UserError):
-    """The probe's loss is not a number any more."""
-
-
 def check_finite(loss: float, step: int) -> None:
-    """Raises ProbeDiverged."""
+    """Raises UserError when the probe's loss is not a number any more."""
     if not loss < float("inf"):
-        raise ProbeDiverged("probe.lr", None, f"the probe's loss is {loss} at step {step}: use a smaller learning rate")
+        raise UserError("probe.lr", None, f"the probe's loss is {loss} at step {step}: use a smaller learning rate")
 
 
 def is_recorded(config: Config, model: LightningDiT) -> bool:

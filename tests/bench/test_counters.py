@@ -12,21 +12,23 @@ STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 NAMES = ["ID", "Kernel Name", "thread Domain:Push/Pop_Range", counters.METRICS["us"], counters.METRICS["memory %"]]
 NAMES += [STALLED.format(name) for name in ("barrier", "long_scoreboard", "selected")]
 UNITS = ["", "", "", "us", "%", "inst", "inst", "inst"]
-RANGE = '"<default domain>:case: loss, with cosine, [256], float32"'
+RANGE = '"<default domain>:case: loss, with cosine, [256], float32:none:none:none"'
 VALUES = ["0", "_loss_kernel", RANGE, "1,026.5", "31.5", "3.00", "6.00", "1.00"]
+BACKWARD = ["1", "_scale_kernel", "", "2", "0.03", "1.00", "1.00", "1.00"]
 
 
 def page():
     """As ncu prints it, after what the program printed."""
     stream = io.StringIO()
-    csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([NAMES, UNITS, VALUES])
+    csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([NAMES, UNITS, VALUES, BACKWARD])
     return "==PROF== Connected to process 7\nloss:\n" + stream.getvalue() + "==PROF== Disconnected\n"
 
 
 def test_a_kernel_of_the_page():
-    (row,) = counters.kernels(page())
+    row, backward = counters.kernels(page())
     assert row["operation"] == "loss, with cosine, [256], float32"
     assert (row["kernel"], row["us"], row["memory %"], row["warps"]) == ("_loss_kernel", "1.03e+03", "31.5", "")
+    assert (backward["operation"], backward["kernel"]) == (row["operation"], "_scale_kernel")  # of autograd's thread
     assert row["wait for"] == "long_scoreboard 60%, barrier 30%"
 
 

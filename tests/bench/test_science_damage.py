@@ -11,7 +11,6 @@ from bench.science.runner import Workshop
 from bench.science.specs import STUDIES, Spec
 from fastasync.errors import UserError
 from fastasync.probe.learn import NETWORK, NETWORK_FACTS, RESULT
-from fastasync.probe.network import ProbeDiverged
 from fastasync.training import Interrupted, TrainingError
 
 TINY = replace(
@@ -105,8 +104,10 @@ def test_a_damaged_probe_is_an_error_with_its_remedy(workshop, tmp_path):
         rank_agreement(works.ledger, "base", 0)
 
 
-@pytest.mark.parametrize("error", [TrainingError("train.lr", 9, "diverged"), ProbeDiverged("probe.lr", 9, "diverged")])
-def test_a_run_that_diverges_has_failed(workshop, monkeypatch, tmp_path, error):
+@pytest.mark.parametrize(
+    "error", [TrainingError("the loss", 9, "diverged"), UserError("probe.budget", 0.01, "leaves too little")]
+)
+def test_a_run_that_cannot_be_done_as_it_is_has_failed(workshop, monkeypatch, tmp_path, error):
     def breaks(*_):
         raise error
 

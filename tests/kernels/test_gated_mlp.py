@@ -342,6 +342,7 @@ def test_tiles_are_chosen_where_they_were_measured(quack, hopper):
 def test_quack_no_worse_than_twice_the_separate_operations(real, no_worse, rows, sizes, compiled):
     inputs, g = module._draw(Shape(rows, *sizes), HALF, real)
     truth = run(plain, [part.double() for part in inputs], g.double())
+    torch.compiler.reset()  # of one function eight shapes are compiled, and a worker may get all twelve
     function = torch.compile(module.gated_mlp, fullgraph=True, dynamic=False) if compiled else module.gated_mlp
     found = run(function, inputs, g)
     no_worse(found, run(plain, inputs, g), truth, NAMES)
