@@ -122,7 +122,7 @@ class Train:
     precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # fp8: the block linears
     compile: str = _choice("off", "off", "regional", "model")
     memory: str = _choice("auto", "auto", "none", "selective", "full")  # what is recomputed; auto: until it fits
-    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay the step; auto: small ones, fp8 if it fits
+    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay the step; auto: what gains, if it fits
     device: str = _choice("auto", "auto", "cpu", "cuda")
     engine: str = _choice("auto", "auto", "plain", "deepspeed")  # auto: deepspeed where a launcher started several
     zero: int = _number(1, 0, 3)  # DeepSpeed's stage; the plain engine has none
@@ -176,7 +176,7 @@ class Sample:
     weak_checkpoint: str = ""  # AutoGuidance's weak model
     ema: bool = True
     precision: str = _choice("auto", "auto", "fp32", "bf16", "fp8")  # auto: training's, bf16 after fp8
-    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay a pass of the network; auto: small ones, and fp8
+    cuda_graph: str = _choice("auto", "off", "on", "auto")  # replay passes of the network; auto: if it gains
     seed: int = _number(0, 0, 2**63 - 1)
 
 

@@ -35,7 +35,6 @@ from fastasync.files import sha256_file, write_json
 from fastasync.inputs import Inputs, Reference, check_decoder, check_inputs, check_outputs, open_inputs
 from fastasync.model import (
     Zero,
-    forward_flops,
     load_into,
     load_state,
     memory_estimate,
@@ -128,7 +127,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     if config.sampling_precision == "fp8" and "sample" in stages:
         check_fp8(choose_device(config.train.device), "sample.precision")
     if "sample" in stages:
-        wants_forward_graph(config.sample.cuda_graph, choose_device(config.train.device), 0, config.sampling_precision)
+        wants_forward_graph(config.sample.cuda_graph, choose_device(config.train.device))
     if config.sample.guidance == "autoguidance" and "sample" in stages:
         weak = Path(config.sample.weak_checkpoint)
         if not weak.exists():
@@ -292,9 +291,9 @@ def _velocity(config: Config, model: Any, device: torch.device, statistics: str)
             with torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None):
                 return network(x, tau, y)
 
-        flops = forward_flops(network) * sample.batch
-        graphed = wants_forward_graph(sample.cuda_graph, device, flops, config.sampling_precision)
-        return GraphedForward(call, device) if graphed else call
+        if not wants_forward_graph(sample.cuda_graph, device):
+            return call
+        return GraphedForward(call, device, watch=sample.cuda_graph == "auto")
 
     if sample.guidance == "none":
         return _Guided(autocast(model), "none")

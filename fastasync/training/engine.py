@@ -18,7 +18,7 @@ from fastasync.model import LightningDiT, train_flops
 from fastasync.optim import EmaInterface, build_optimizer, ema_parameters
 from fastasync.training.build import choose_autocast, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, load_tensors, save_tensors
-from fastasync.training.graph import GraphedStep, Part, wants_graph
+from fastasync.training.graph import GraphedStep, Part, to_be_watched, wants_graph
 
 OPTIMIZER, OPTIMIZER_NUMBERS = "optimizer.safetensors", "optimizer.json"
 T = TypeVar("T")
@@ -155,6 +155,7 @@ class PlainEngine:
         self._lr: Tensor | None = None  # read by a recorded step
         if wants_graph(train.cuda_graph, device, self.optimizer, step_flops, train.precision):
             self._lr = torch.zeros((), dtype=torch.float32, device=device)
+        self._watch = to_be_watched(train.cuda_graph, step_flops, train.precision)
 
     def positions(self) -> list[Tensor]:
         return split_positions(self._train.batch, self.world, self.rank, self._train.accumulate)
@@ -185,6 +186,7 @@ class PlainEngine:
                 self.device,
                 undo=lambda: self.optimizer.zero_grad(set_to_none=True),
                 careful=self._train.cuda_graph == "auto",
+                watch=self._watch,
             )
         values, norm = self._graphed(step, parts)
         return values, norm

@@ -6,14 +6,16 @@ through fixed memory: the batch, the times (drawn on the CPU), the learning rate
 kernels draw their noise.
 
 A recording keeps the memory of a whole step for itself.  So ``train.cuda_graph=auto`` records what gains by it (small
-networks, and fp8 with its many short kernels) after the first steps, if the memory that they were seen to need is free
-with a quarter to spare.  Where a recording runs out of memory all the same, steps go on as they were.
+networks, fp8 with its many short kernels, and between the two what a look at one step shows to be bound by launches)
+after the first steps, if the memory that they were seen to need is free with a quarter to spare.  Where a recording
+runs out of memory all the same, steps go on as they were.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeVar
@@ -27,7 +29,8 @@ from fastasync.optim import EmaInterface, FusedAdamW
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
 LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
-FORWARD_BOUND = 7e12  # the same for a pass of sampling: a third of it, as a pass is of a step; not measured
+MAYBE_BOUND = 1e14  # FLOPs below which `auto` looks at a step: XL's at batch 64 is 4.6e13, at 256 1.9e14
+HIDDEN = 0.1  # of a step is left to the device when all is launched: less than that, and launches bind it
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -52,7 +55,9 @@ def launch_bound(choice: str, step_flops: float, bound: float) -> bool:
 
 
 def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float, precision: str) -> bool:
-    """Whether a run's steps are to be recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, and fp8).
+    """Whether a run's steps may be recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, and fp8).
+
+    Those of ``auto`` that are not certain to gain (``to_be_watched``) are looked at first.
 
     Raises UserError for ``on`` without CUDA or without the compiled optimizer: the others read numbers on the host.
     """
@@ -60,7 +65,33 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     if choice == "on" and not possible:
         remedy = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
         raise UserError("train.cuda_graph", choice, remedy)
-    return possible and (launch_bound(choice, step_flops, LAUNCH_BOUND) or (choice == "auto" and precision == "fp8"))
+    return possible and (launch_bound(choice, step_flops, MAYBE_BOUND) or (choice == "auto" and precision == "fp8"))
+
+
+def to_be_watched(choice: str, step_flops: float, precision: str) -> bool:
+    """Whether a step has to show that launches bind it before it is recorded."""
+    return choice == "auto" and step_flops >= LAUNCH_BOUND and precision != "fp8"
+
+
+def watched(run: Callable[[], T], wait: Callable[[], None]) -> tuple[T, float]:
+    """What ``run`` returns, run alone on the device, and the share of its time that the device still works when the
+    host has launched everything; ``wait``: for the device."""
+    wait()
+    start = time.perf_counter()
+    out = run()
+    launched = time.perf_counter() - start
+    wait()
+    return out, 1 - launched / (time.perf_counter() - start)
+
+
+def gains(hidden: float, what: str, section: str) -> bool:
+    """Whether launches bind what left the device ``hidden`` of its time (``watched``); the log says so."""
+    said = f"when all of one is launched, {hidden:.0%} of its time is left"
+    if hidden >= HIDDEN:
+        _log.info("%s are not recorded: %s (%s.cuda_graph=on records all the same)", what, said, section)
+        return False
+    _log.info("launches bind %s: %s", what, said)
+    return True
 
 
 class Memory(NamedTuple):
@@ -90,7 +121,7 @@ class GraphedStep:
 
     It is not recorded where a recording runs out of memory; ``undo`` is called then, and must take back what the host
     remembers of a call that ended half way (gradients).  With ``careful`` it is not even tried unless
-    ``measured_memory`` is enough.
+    ``measured_memory`` is enough, with ``watch`` unless launching the last step before took nearly all of its time.
     """
 
     def __init__(
@@ -99,9 +130,12 @@ class GraphedStep:
         device: torch.device,
         undo: Callable[[], None] = lambda: None,
         careful: bool = False,
+        watch: bool = False,
     ):
-        self._function, self._device, self._undo, self._careful = function, device, undo, careful
+        self._function, self._device, self._undo = function, device, undo
+        self._careful, self._watch = careful, watch
         self._calls = 0
+        self._hidden = 0.0  # the share of the step that was watched in which all had been launched
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._parts: list[Part] = []
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -119,12 +153,17 @@ class GraphedStep:
                 for target, value in zip(fixed, part):
                     if target is not None and value is not None:
                         target.copy_(value)
-        if self._replay is None:
-            return self._aside(lambda: self._function(self._step, parts))
-        return self._replay()
+        if self._replay is not None:
+            return self._replay()
+        if self._calls == WARM_UP and self._watch:
+            out, self._hidden = watched(lambda: self._aside(lambda: self._function(self._step, parts)), self._wait)
+            return out
+        return self._aside(lambda: self._function(self._step, parts))
 
     def _recording(self, parts: Sequence[Part]) -> Callable[[], tuple[Tensor, ...]] | None:
-        """What replays a step, recorded on copies of ``parts``; None where there is no room for it."""
+        """What replays a step, recorded on copies of ``parts``; None where it gains nothing or has no room."""
+        if self._watch and not gains(self._hidden, "steps", "train"):
+            return None
         if self._careful:
             memory = self._memory()
             said = f"a step needs up to {memory.needed / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB are free"
@@ -142,6 +181,9 @@ class GraphedStep:
         self._release()
         _log.warning("steps are not recorded: a recording ran out of memory (train.cuda_graph=off does not try)")
         return None
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize(self._device)
 
     def _forget_peak(self) -> None:
         """The peak until now is of compiling and measuring, or of other work: one more step will show a step's own."""
@@ -206,27 +248,28 @@ def unless_out_of_memory(make: Callable[[], T]) -> T | None:
     return None
 
 
-def wants_forward_graph(choice: str, device: torch.device, flops: float, precision: str) -> bool:
-    """Whether passes of sampling (``sample.cuda_graph``) are recorded: ``on``, or ``auto`` for small ones and for fp8.
+def wants_forward_graph(choice: str, device: torch.device) -> bool:
+    """Whether passes of sampling (``sample.cuda_graph``) may be recorded: ``on``, or ``auto``, which watches one first.
 
-    ``flops``: of one pass over a batch.  Raises UserError for ``on`` without CUDA.
+    Raises UserError for ``on`` without CUDA.
     """
     if choice == "on" and device.type != "cuda":
         raise UserError("sample.cuda_graph", choice, f"needs a CUDA device, this is {device.type}: use off or auto")
-    asked = launch_bound(choice, flops, FORWARD_BOUND) or (choice == "auto" and precision == "fp8")
-    return asked and device.type == "cuda"
+    return choice != "off" and device.type == "cuda"
 
 
 class GraphedForward:
     """Calls ``function(x, tau, y)``; the first shape that has come ``WARM_UP`` times is replayed from a recording.
 
-    Other shapes (the last batch is smaller) run as they are, and so do all where a recording runs out of memory.
+    Other shapes (the last batch is smaller) run as they are, and so do all where a recording runs out of memory, or,
+    with ``watch``, where launching a pass did not take nearly all of its time.
     ``function`` must depend on nothing but its arguments and weights that stay.  What is returned is the caller's.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device):
-        self._function, self._device = function, device
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, watch: bool = False):
+        self._function, self._device, self._watch = function, device, watch
         self._seen: Counter[Hashable] = Counter()
+        self._hidden = 0.0  # the share of the pass that was watched in which all had been launched
         self._recorded: Hashable = None  # the key of what is recorded
         self._fixed: tuple[Tensor, ...] = ()
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -241,12 +284,17 @@ class GraphedForward:
             self._recorded = key if self._replay else None
         if self._replay is None or key != self._recorded:
             self._seen[key] += 1
+            if self._watch and not self._tried and self._seen[key] == WARM_UP:
+                out, self._hidden = watched(lambda: self._function(*arguments), self._wait)
+                return out
             return self._function(*arguments)
         for target, value in zip(self._fixed, arguments):
             target.copy_(value)
         return self._replay()[0].clone()
 
     def _recording(self, arguments: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]] | None:
+        if self._watch and not gains(self._hidden, "passes", "sample"):
+            return None
         self._fixed = tuple(each.clone() for each in arguments)
         replay = unless_out_of_memory(lambda: self._record(lambda: (self._function(*self._fixed),)))
         if replay is not None:
@@ -256,6 +304,9 @@ class GraphedForward:
         torch.cuda.empty_cache()
         _log.warning("passes are not recorded: a recording ran out of memory (sample.cuda_graph=off does not try)")
         return None
+
+    def _wait(self) -> None:
+        torch.cuda.synchronize(self._device)
 
     def _record(self, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         with torch.no_grad():

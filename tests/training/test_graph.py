@@ -9,17 +9,19 @@ from safetensors.torch import load_file
 from fastasync.config import config_from_dict
 from fastasync.errors import UserError
 from fastasync.optim import FusedAdamW, build_optimizer
-from fastasync.training import PlainEngine, build_model, engine
+from fastasync.training import PlainEngine, build_model, engine, graph
 from fastasync.training.build import prepare_sampling
 from fastasync.training.graph import (
-    FORWARD_BOUND,
+    HIDDEN,
     LAUNCH_BOUND,
+    MAYBE_BOUND,
     SPARE,
     WARM_UP,
     GraphedForward,
     GraphedStep,
     Memory,
     Part,
+    to_be_watched,
     wants_forward_graph,
     wants_graph,
 )
@@ -34,6 +36,9 @@ class Pretend(GraphedStep):
 
     def _forget_peak(self):
         self.forgotten = self._calls
+
+    def _wait(self):
+        pass
 
     def _memory(self):
         return self.memory
@@ -125,6 +130,24 @@ def test_auto_records_where_the_memory_is_free(monkeypatch, caplog, memory, reco
     assert said.startswith("steps are recorded as a CUDA graph" if records else "steps are not recorded")
 
 
+@pytest.mark.parametrize(("left", "records"), [(0.0, 1), (0.09, 1), (0.11, 0), (0.6, 0)])
+def test_a_watched_step_is_recorded_where_launches_bind_it(monkeypatch, caplog, left, records):
+    """``left``: of the third step's time is the device's, after the host has launched everything."""
+    assert HIDDEN == 0.1
+    caplog.set_level(logging.INFO, "fastasync")
+    looks = iter([100.0, 100.0 + 4 * (1 - left), 104.0])  # at the clock: before, launched, done
+    monkeypatch.setattr(graph.time, "perf_counter", lambda: next(looks))
+    monkeypatch.setattr(Pretend, "recorded", 0)
+    step = Pretend(lambda step, parts: (step.clone(), parts[0].z + 1), torch.device("cpu"), watch=True)
+    for number in range(WARM_UP + 3):
+        count, z = step(number, [Part(*torch.full((4, 1), float(number)))])
+        assert (int(count), float(z)) == (number, number + 1)
+    assert Pretend.recorded == records
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("launches bind steps" if records else "steps are not recorded")
+    assert f"{left:.0%} of its time is left" in said
+
+
 def test_changes_only_what_it_is_given():
     seen = []
     step = Pretend(lambda step, parts: (step.double().clone(), parts[0].z + parts[0].tau), torch.device("cpu"))
@@ -149,7 +172,12 @@ def test_who_gets_a_recording(monkeypatch):
         wants_graph("on", cpu, fused, 1.0, "bf16")
     monkeypatch.setattr(FusedAdamW, "backend", "cuda")
     assert wants_graph("auto", cuda, fused, LAUNCH_BOUND / 2, "bf16")
-    assert not wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2, "bf16")
+    assert wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2, "bf16")
+    assert not wants_graph("auto", cuda, fused, MAYBE_BOUND, "bf16")
+    assert to_be_watched("auto", LAUNCH_BOUND * 2, "bf16")
+    assert not to_be_watched("auto", LAUNCH_BOUND / 2, "bf16")
+    assert not to_be_watched("auto", LAUNCH_BOUND * 2, "fp8")
+    assert not to_be_watched("on", LAUNCH_BOUND * 2, "bf16")
     assert wants_graph("on", cuda, fused, LAUNCH_BOUND * 2, "bf16")
     assert wants_graph("auto", cuda, fused, LAUNCH_BOUND * 2, "fp8")
     assert not wants_graph("off", cuda, fused, 1.0, "fp8")
@@ -261,6 +289,9 @@ class PretendForward(GraphedForward):
     recorded = 0
     room = True
 
+    def _wait(self):
+        pass
+
     def _record(self, run):
         self.recorded += 1
         if not self.room:
@@ -302,16 +333,27 @@ def test_passes_go_on_where_a_recording_finds_no_memory(caplog):
     assert [line.getMessage().split(":")[0] for line in caplog.records] == ["passes are not recorded"]
 
 
-def test_which_passes_are_recorded():
+@pytest.mark.parametrize(("left", "records"), [(0.0, 1), (0.09, 1), (0.11, 0)])
+def test_a_watched_pass_is_recorded_where_launches_bind_it(monkeypatch, caplog, left, records):
+    caplog.set_level(logging.INFO, "fastasync")
+    looks = iter([100.0, 100.0 + 4 * (1 - left), 104.0])  # at the clock: before, launched, done
+    monkeypatch.setattr(graph.time, "perf_counter", lambda: next(looks))
+    graphed = PretendForward(one_pass, torch.device("cpu"), watch=True)
+    for number in range(WARM_UP + 3):
+        for batch in (5, 4) if number == 1 else (5,):
+            arguments = pass_arguments(batch, number)
+            assert torch.equal(graphed(*arguments), one_pass(*arguments))
+    assert graphed.recorded == records
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("launches bind passes" if records else "passes are not recorded")
+
+
+def test_which_passes_may_be_recorded():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    small, large = FORWARD_BOUND / 2, FORWARD_BOUND * 2
-    assert [wants_forward_graph("auto", cuda, flops, "auto") for flops in (small, large)] == [True, False]
-    assert wants_forward_graph("auto", cuda, large, "fp8")
-    assert wants_forward_graph("on", cuda, large, "auto")
-    assert not wants_forward_graph("off", cuda, small, "fp8")
-    assert not wants_forward_graph("auto", cpu, small, "fp8")
+    assert [wants_forward_graph(choice, cuda) for choice in ("auto", "on", "off")] == [True, True, False]
+    assert not wants_forward_graph("auto", cpu)
     with pytest.raises(UserError, match=r"sample\.cuda_graph.*needs a CUDA device, this is cpu"):
-        wants_forward_graph("on", cpu, small, "auto")
+        wants_forward_graph("on", cpu)
 
 
 @pytest.mark.gpu
@@ -331,7 +373,7 @@ def test_recorded_passes_are_the_same_on_the_gpu(precision):
         with torch.no_grad(), torch.autocast("cuda", dtype):
             return model(x, tau, y)
 
-    graphed, plain, found = GraphedForward(call, torch.device("cuda")), [], []
+    graphed, plain, found = GraphedForward(call, torch.device("cuda"), watch=True), [], []  # its launches bind it
     for number in range(WARM_UP + 4):
         generator = torch.Generator("cuda").manual_seed(number)
         x = torch.randn(16, 8, 8, 8, device="cuda", generator=generator)
@@ -341,3 +383,21 @@ def test_recorded_passes_are_the_same_on_the_gpu(precision):
         call(x + 1, tau, y)  # what others do to the memory between two passes is no matter
     assert graphed._replay is not None
     assert all(torch.equal(one, other) for one, other in zip(plain, found))
+
+
+@pytest.mark.gpu
+def test_a_pass_that_hides_its_launches_is_not_recorded_on_the_gpu():
+    large = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def call(x, tau, y):
+        out = large
+        for _ in range(20):  # 1.4 ms each
+            out = out @ large
+        return x + out.sum()
+
+    graphed = GraphedForward(call, torch.device("cuda"), watch=True)
+    for _ in range(WARM_UP + 2):
+        graphed(torch.ones(2, device="cuda"), torch.ones(2, device="cuda"), torch.arange(2, device="cuda"))
+    assert graphed._tried
+    assert graphed._replay is None
+    assert graphed._hidden > HIDDEN
