@@ -183,11 +183,12 @@ def test_repeatable_and_free_of_the_batch_split():
         assert torch.equal(a[1:2], c)
 
 
-def test_tile_changes_rounding_only(monkeypatch):
+@pytest.mark.parametrize(("cosine", "tile"), [(False, "TILE"), (True, "COSINE_TILE")])
+def test_tile_changes_rounding_only(monkeypatch, cosine, tile):
     v, z, weight, channels, samples = batch((1, (20, 7), 18, 20))
-    whole = gradients(flow_errors, v, z, weight, channels, samples, True)
-    monkeypatch.setattr(module, "TILE", 512)
-    for a, b in zip(gradients(flow_errors, v, z, weight, channels, samples, True), whole):
+    whole = gradients(flow_errors, v, z, weight, channels, samples, cosine)
+    monkeypatch.setattr(module, tile, 512)
+    for a, b in zip(gradients(flow_errors, v, z, weight, channels, samples, cosine), whole):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
