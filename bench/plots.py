@@ -24,6 +24,7 @@ COLORS = {
     **{"fa2": "#bfe3e4", "fa3": "#86c5c8", "fa4": "#4fa3a8"},
 }
 ROOFLINE = ("noising", "loss", "adaln", "qknorm_rope", "swiglu", "fp8_casts", "sampling", "attention", "mlp")
+MUST = 0.75  # of copy bandwidth, of each element-wise kernel
 PALETTE = ("#4c6a92", "#c8553d", "#8a9a5b", "#d8a448", "#7d6b91", "#b0b0b0")
 INTERVAL = re.compile(r"overhead ([+-][\d.]+)%, 95 % interval ([+-][\d.]+)% to ([+-][\d.]+)%")
 ROUNDS_SINCE = "2026-11-27"  # commit 269dc89, of the evening before: paired_overhead counts rounds, no longer steps
@@ -83,6 +84,35 @@ def roofline(rows: Sequence[Row], path: Path) -> Path | None:
     axes.axvline(1.0, color="black", lw=0.8)
     axes.set_xlabel("share of the measured ceiling (copy bandwidth or bf16 matrix product)")
     return finish(figure, path, "How near each operation is to the hardware", found)
+
+
+def kernels(rows: Sequence[Row], path: Path) -> Path | None:
+    """The same in short: a line for each operation that is bound by memory, ours and the compiled reference as dots."""
+    shares: dict[str, dict[str, Row]] = {}
+    for r in rows:
+        if r.subject in ROOFLINE and r.subject not in ("attention", "mlp") and r.share is not None:
+            shares.setdefault(f"{r.subject} {r.case}  {r.shape} {r.dtype}", {})[r.variant] = r
+    found = {name: of for name, of in shares.items() if "triton" in of}
+    if not found:
+        return None
+    names = sorted(found, key=lambda name: found[name]["triton"].share or 0.0)
+    figure, axes = plt.subplots(figsize=(9, 0.16 * len(names) + 1.3), layout="constrained")
+    for place, name in enumerate(names):
+        dots = [(v, found[name][v].share) for v in ("reference compiled", "triton") if v in found[name]]
+        axes.plot([share for _, share in dots], [place] * len(dots), color="#ccc", lw=1.2, zorder=1)
+        for variant, share in dots:
+            label = {"triton": "ours", "reference compiled": "compiled PyTorch"}[variant] if not place else None
+            axes.plot(share, place, "o", color=COLORS[variant], ms=4.5, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=6.5)
+    axes.set_ylim(-0.8, len(names) - 0.2)
+    axes.set_xlim(0, 1.05)
+    axes.axvline(1.0, color="black", lw=0.8)
+    axes.axvline(MUST, color="#888", lw=0.8, ls="--")
+    axes.grid(axis="x", lw=0.3)
+    axes.set_xlabel(f"share of the copy bandwidth of the same run (dashed: the {MUST:.0%} that is asked for)")
+    axes.legend(fontsize=8, loc="lower right")
+    drawn = [row for of in found.values() for row in of.values()]
+    return finish(figure, path, "How near each kernel is to the memory's speed", drawn)
 
 
 def breakdown(rows: Sequence[Row], path: Path) -> Path | None:
@@ -154,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     rows = latest(read_rows(source))
     chosen.out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("roofline", roofline), ("breakdown", breakdown), ("overhead", overhead)):
+    for name, draw in (("roofline", roofline), ("kernels", kernels), ("breakdown", breakdown), ("overhead", overhead)):
         made = draw(rows, chosen.out / f"{name}.png")
         print(made or f"{name}: no rows for it in {source}")
     return 0

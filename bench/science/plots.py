@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from fastasync.report.style import COLOURS, below, colour, settings, text
 
@@ -63,6 +64,11 @@ def curves(series: Series, x_label: str, goals: Mapping[str, float] | None = Non
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        every = sorted({x for points in series.values() for x in points if len(points[x])})
+        axes.set_xticks(every, [f"{x:,}" for x in every])  # what was measured, as plain numbers
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(StrMethodFormatter("{x:g}"))
         axes.set_xlabel(x_label)
         axes.set_ylabel("FID (lower is better)")
         if handles:

@@ -48,7 +48,7 @@ def _step_counts_report(ledger: Ledger) -> Report:
             sentences.append(f"{name}: C against {ledger.rival} {found} ({found.verdict}).")
     picture = None
     if any(any(points.values()) for points in series.values()):
-        picture = plots.curves(series, "function evaluations (Heun)")
+        picture = plots.curves(series, "function evaluations")
     section = Section("evaluations", "FID by function evaluations.", ["schedule", *study.curve], rows)
     return Report([section], sentences, picture)
 
