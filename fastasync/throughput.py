@@ -38,6 +38,12 @@ class Measured:
     images_per_s: float
     flops: float
 
+    @property
+    def batch(self) -> int | None:
+        """Images in a step, where the row says so."""
+        found = re.match(r"batch (\d+)", self.shape)
+        return int(found[1]) if found else None
+
     def __str__(self) -> str:
         about = f"{self.case}, {self.variant}, {self.shape}; {self.date[:10]}, commit {self.commit}"
         return f"{self.images_per_s:.0f} img/s on one {self.device} ({about})"
@@ -61,12 +67,14 @@ def measured_steps(folder: Path = RESULTS) -> list[Measured]:
     return found
 
 
-def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measured | None:
+def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int = 1) -> Measured | None:
     """The row that says most about a run whose network takes ``flops`` for an image: None where none does.
 
-    The nearest network, then the variant that the configuration runs, then the newest.
+    The nearest network, then the nearest batch to what one of ``gpus`` has at a time, then the variant that the
+    configuration runs, then the newest.
     """
     train = config.train
+    batch = train.batch / (gpus * train.accumulate)
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = f"{by} {_COMPILED[train.compile]}"
     if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch, LAUNCH_BOUND):
@@ -78,8 +86,9 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured]) -> Measure
         """Another way to compile says something about this run, another implementation or precision does not."""
         return row.variant.startswith(by) and (" fp8" in row.variant) == (train.precision == "fp8")
 
-    def distance(row: Measured) -> tuple[float, bool]:
-        return round(abs(math.log(row.flops / flops)), 2), row.variant != wanted
+    def distance(row: Measured) -> tuple[float, float, bool]:
+        other_batch = abs(math.log(row.batch / batch)) if row.batch else math.inf
+        return round(abs(math.log(row.flops / flops)), 2), other_batch, row.variant != wanted
 
     if train.precision == "fp32":
         return None
@@ -109,25 +118,27 @@ def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS
 
     ``flops``: of the training step of one image (``fastasync.model.train_flops``).
     """
-    row, train = choose_step(config, flops, measured_steps(folder)), config.train
-    if row is None:
+    rows, train = measured_steps(folder), config.train
+    row, of_many = choose_step(config, flops, rows), choose_step(config, flops, rows, gpus)
+    if row is None or of_many is None:
         how = "only bf16 and fp8 are" if train.precision == "fp32" else f"`{COMMAND}` in a checkout does, on a GPU"
         return {"expected hours of training": f"unknown: no step like this run's is measured in {folder}; {how}"}
-    rate, ratio = row.images_per_s, row.flops / flops
-    basis = "measured for this network"
+    ratio, basis = row.flops / flops, "measured for this network"
     if abs(ratio - 1) > _SAME:
-        rate *= ratio
         basis = f"an estimate, not measured: scaled by the FLOPs of an image, {flops:.3g} here, {row.flops:.3g} there"
         if ratio > 1:
             basis += "; a smaller network uses less of a GPU, so it takes longer than this"
-    hours = train.batch * train.steps / rate / 3600
+    one, many = (train.batch * train.steps * flops / each.flops / each.images_per_s / 3600 for each in (row, of_many))
     scaling = "; ".join(measured_scaling(train.zero, folder))
     known = (
         f"perfect scaling is assumed; measured: {scaling}" if scaling else "perfect scaling is assumed, not measured"
     )
+    if of_many != row:
+        known = f"from {of_many}; {known}"
+    each = train.batch / (gpus * train.accumulate)
     return {
         "measured training step": str(row),
-        f"expected hours of training on 1 {row.device}": f"{hours:.3g} ({basis})",
-        f"expected hours of training on {gpus} {row.device}": f"{hours / gpus:.3g} ({known}; {train.batch / gpus:g} "
+        f"expected hours of training on 1 {row.device}": f"{one:.3g} ({basis})",
+        f"expected hours of training on {gpus} {row.device}": f"{many / gpus:.3g} ({known}; {each:g} "
         "images on each GPU at a time here)",
     }

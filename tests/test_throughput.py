@@ -143,6 +143,23 @@ def test_which_row_counts(results):
     assert choose_step(xl, XL // 100, found) is None
 
 
+def test_the_nearest_batch_says_most(results):
+    """A newer row of another batch says less: at small ones launches bind a step."""
+    sizes = {64: "2026-11-29", 256: "2026-11-24", 1024: "2026-11-28"}
+    shapes = [{"shape": f"batch {size}, 48x16x16", "date": f"{day} 01:00:00"} for size, day in sizes.items()]
+    found = measured_steps(results(*shapes, {"shape": "48x16x16", "date": "2026-11-30 01:00:00"}))
+    for asked, nearest in ((256, 256), (16, 64), (300, 256), (2048, 1024)):
+        config = apply_settings(preset("imagenet256-xl"), (f"train.batch={asked}",))
+        assert choose_step(config, XL, found).batch == nearest
+    config = preset("imagenet256-xl")
+    assert choose_step(config, XL, found, gpus=4).batch == 64
+    slow = {"shape": "batch 64, 48x16x16", "images_per_s": 250, "tflop_per_s": 250 * XL / 1e12}
+    lines = expected_hours(config, XL, 8, results({}, slow))
+    (one, _), (eight, about) = hours(lines, 1), hours(lines, 8)
+    assert eight == pytest.approx(one / 4, rel=5e-3)  # 250 images a second on each
+    assert about.startswith("(from 250 img/s on one gpu-9 (XL, ours regional, batch 64, 48x16x16; ")
+
+
 @pytest.mark.parametrize(
     ("compiled", "variant"),
     [("off", "ours graph uncompiled"), ("regional", "ours regional graph"), ("model", "ours graph")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.science.plan import Ledger
@@ -42,3 +42,15 @@ def against(ledger: Ledger, ours: Spec, theirs: Spec, step: int, sampler: str, m
     return paired(
         ledger.by_seed(ours, step, sampler, metric=metric), ledger.by_seed(theirs, step, sampler, metric=metric)
     )
+
+
+def of_shared_seeds(found: Mapping[str, Mapping[int, Mapping[int, float]]]) -> dict[str, dict[int, list[float]]]:
+    """Curve -> x -> values, from curve -> x -> seed -> value: at each x of the seeds that every curve has there, since
+    means over different seeds do not compare.  Curves with no values at all are not counted."""
+    curves = {label: points for label, points in found.items() if any(points.values())}
+    shared: dict[str, dict[int, list[float]]] = {label: {} for label in curves}
+    for x in sorted({x for points in curves.values() for x, values in points.items() if values}):
+        seeds = set.intersection(*(set(points.get(x, {})) for points in curves.values()))
+        for label, points in curves.items() if seeds else ():
+            shared[label][x] = [points[x][seed] for seed in sorted(seeds)]
+    return shared

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.science import plots
-from bench.science.compare import against, fids
+from bench.science.compare import against, fids, of_shared_seeds
 from bench.science.plan import Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
 from bench.science.specs import Spec
@@ -54,39 +54,61 @@ def _transfer_report(ledger: Ledger) -> Report:
     return Report([Section("transfer", caption, ["network", "steps", "schedule", *study.headline], rows)], sentences)
 
 
+def _saved(ledger: Ledger, ours: str, rival: str, budget: int) -> list[float | None]:
+    """For each seed, how many times fewer steps ``ours`` needs for what ``rival`` has after ``budget``; None: it does
+    not get there.  Seeds that say nothing are left out: measured too late, or not far enough."""
+    study = ledger.study
+    sampler, last = study.headline[-1], study.milestones[-1]
+    saved: list[float | None] = []
+    for seed, goal in ledger.by_seed(Spec(rival, 0), budget, sampler).items():
+        curve = [(step, ledger.figure(Spec(ours, seed), step, sampler)) for step in study.milestones]
+        known = [(step, value) for step, value in curve if value is not None]
+        if len(known) < 2 or known[0][1] <= goal:
+            continue
+        reached = steps_to_reach([step for step, _ in known], [value for _, value in known], goal)
+        if reached is None and known[-1][0] < last:
+            continue
+        saved.append(None if reached is None else budget / reached)
+    return saved
+
+
 def _efficiency_report(ledger: Ledger) -> Report:
     study, rows, sentences = ledger.study, [], []
     sampler = study.headline[-1]
     steps, last = study.milestones, study.milestones[-1]
-    series = {
-        name: {step: list(ledger.by_seed(Spec(name, 0), step, sampler).values()) for step in steps}
-        for name in _schedules(ledger)
+    found = {
+        name: {step: ledger.by_seed(Spec(name, 0), step, sampler) for step in steps} for name in _schedules(ledger)
     }
+    series = of_shared_seeds(found)
     goals = {}
     for rival in _schedules(ledger)[:-1]:
-        for budget in (study.steps, last):
-            saved = []
-            for seed, goal in ledger.by_seed(Spec(rival, 0), budget, sampler).items():
-                curve = [(step, ledger.figure(Spec("C", seed), step, sampler)) for step in steps]
-                known = [(step, value) for step, value in curve if value is not None]
-                if len(known) < 2 or known[0][1] <= goal:  # it says nothing of when the goal is reached
-                    continue
-                reached = steps_to_reach([step for step, _ in known], [value for _, value in known], goal)
-                saved.append(None if reached is None else budget / reached)
-            if not saved:
-                continue
-            reached_by = [value for value in saved if value is not None]
-            speedup = str(summary(reached_by)) if reached_by else "never"
-            rows.append({"goal": f"{rival} at {budget} steps", "reached by": f"{len(reached_by)} of {len(saved)} seeds",
-                         "times fewer steps": speedup})  # fmt: skip
-            what = f"what {rival} has after {budget} steps"
-            often = f"C reaches {what} with {speedup} times fewer steps."
-            sentences.append(often if reached_by else f"C does not reach {what}.")
-        final = series[rival][study.steps]
+        final = list(found[rival][study.steps].values())
         if final:
             goals[f"{rival} at {study.steps} steps"] = summary(final).mean
-    caption = f"Steps that C needs for the FID of others ({sampler}; straight lines in log step and log FID)."
-    section = Section("efficiency", caption, ["goal", "reached by", "times fewer steps"], rows)
+    for ours in dict.fromkeys(["C", ledger.rival]):
+        for rival in _schedules(ledger)[:-1]:
+            for budget in (study.steps, last) if rival != ours else ():
+                saved = _saved(ledger, ours, rival, budget)
+                if not saved:
+                    continue
+                reached_by = [value for value in saved if value is not None]
+                speedup = str(summary(reached_by)) if reached_by else "never"
+                rows.append(
+                    {
+                        "schedule": ours,
+                        "goal": f"{rival} at {budget} steps",
+                        "reached by": f"{len(reached_by)} of {len(saved)} seeds",
+                        "times fewer steps": speedup,
+                    }
+                )
+                what = f"what {rival} has after {budget} steps"
+                often = f"{ours} reaches {what} with {speedup} times fewer steps."
+                sentences.append(often if reached_by else f"{ours} does not reach {what}.")
+    caption = (
+        f"Steps needed for the FID of others ({sampler}; straight lines in log step and log FID; the picture: at each "
+        "step, of the seeds that all its curves have)."
+    )
+    section = Section("efficiency", caption, ["schedule", "goal", "reached by", "times fewer steps"], rows)
     picture = plots.curves(series, "training steps", goals) if any(any(p.values()) for p in series.values()) else None
     return Report([section], sentences, picture)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from bench.science import plots, specs
-from bench.science.compare import against, fids
+from bench.science.compare import against, fids, of_shared_seeds
 from bench.science.plan import METRICS, Job, Ledger, Question, Report, Section, TrainJob
 from bench.science.runner import Workshop
 from bench.science.specs import OBJECTIVES, Spec, nfe
@@ -28,28 +28,27 @@ def _step_counts(ledger: Ledger, workshop: Workshop) -> list[Job]:
 
 
 def _step_counts_report(ledger: Ledger) -> Report:
-    study, rows, series, sentences = ledger.study, [], {}, []
+    study, rows, found, sentences = ledger.study, [], {}, []
     for spec in _step_count_specs(ledger, 0):
         rows.append({"schedule": spec.label, **fids(ledger, spec, study.curve)})
-        found = {name: ledger.by_seed(spec, study.steps, name) for name in study.curve}
-        found = {name: values for name, values in found.items() if values}
-        # a curve's points are of the same seeds
-        whole = set.intersection(*map(set, found.values())) if found else set()
-        series[spec.label] = {nfe(name) or 0: [values[seed] for seed in whole] for name, values in found.items()}
+        found[spec.label] = {nfe(name) or 0: ledger.by_seed(spec, study.steps, name) for name in study.curve}
+    series = of_shared_seeds(found)
     for steps in study.few_steps:
         tuned = Spec("C", 0, probe=f"for {steps} steps")
         for name in (name for name in study.curve if nfe(name) and specs.sampler(name).intervals == steps):
-            found = against(ledger, tuned, Spec("C", 0), study.steps, name)
-            if found:
-                sentences.append(f"Chosen for {steps} steps, {name}: {found} against C ({found.verdict}).")
+            change = against(ledger, tuned, Spec("C", 0), study.steps, name)
+            if change:
+                sentences.append(f"Chosen for {steps} steps, {name}: {change} against C ({change.verdict}).")
     for name in study.curve:
-        found = against(ledger, Spec("C", 0), Spec(ledger.rival, 0), study.steps, name)
-        if found:
-            sentences.append(f"{name}: C against {ledger.rival} {found} ({found.verdict}).")
+        for rival in dict.fromkeys(["synchronous", ledger.rival]):
+            change = against(ledger, Spec("C", 0), Spec(rival, 0), study.steps, name)
+            if change:
+                sentences.append(f"{name}: C against {rival} {change} ({change.verdict}).")
     picture = None
     if any(any(points.values()) for points in series.values()):
         picture = plots.curves(series, "function evaluations")
-    section = Section("evaluations", "FID by function evaluations.", ["schedule", *study.curve], rows)
+    caption = "FID by function evaluations (the picture: at each number, of the seeds that all its curves have)."
+    section = Section("evaluations", caption, ["schedule", *study.curve], rows)
     return Report([section], sentences, picture)
 
 
