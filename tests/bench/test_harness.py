@@ -505,7 +505,9 @@ def test_plots(tmp_path, bench, capsys):
     bench.add("schedule_overhead", "step XL", "learned", "batch 256", "bf16", summarize([360.0]), note=note)
     harness.write_rows(tmp_path / "gpu.csv", bench.rows)
     assert plots.main([str(tmp_path / "gpu.csv"), "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}.png" for name in ("roofline", "kernels", "breakdown", "overhead")}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"{name}.png" for name in ("roofline", "kernels", "breakdown", "overhead")
+    }
     assert plots.main([str(tmp_path / "none.csv")]) == 2
     newest = plots.latest([*bench.rows, *(Row(**{**vars(row), "ms": 9.0}) for row in bench.rows[:1])])
     assert len(newest) == len(bench.rows)
