@@ -392,8 +392,8 @@ def _launch_backward(
         column_tops(parts, tops.columns, count=True)
     dbias = x.new_empty(0)
     if bias is not None:
-        dbias = column_sums(partial.view(1, batch * chunks, sums, width)[:, :, 3])[0].to(bias)
-    return dx, dy, dgate, column_sums(weighted[None])[0].to(weight.dtype), dshift, dscale, dbias
+        dbias = column_sums(partial.view(1, batch * chunks, sums, width)[:, :, 3], bias)[0]
+    return dx, dy, dgate, column_sums(weighted[None], weight.dtype)[0], dshift, dscale, dbias
 
 
 @torch.library.custom_op("fastasync::rmsnorm_modulate", mutates_args=())

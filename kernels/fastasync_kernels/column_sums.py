@@ -7,6 +7,7 @@ many rows are read at a time, as it is the latency of a read that costs.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,13 +29,13 @@ def _sum_kernel(x_ptr, out_ptr, rows, x_group, x_row, C: tl.constexpr, ROWS: tl.
     for start in range(0, rows, ROWS):
         total += tl.load(source, (start + row < rows) & (column < C)[None, :], 0.0)
         source += ROWS * x_row
-    tl.store(out_ptr + group * C + column, tl.sum(total, 0), column < C)
+    tl.store(out_ptr + group * C + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), column < C)
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """float32 [G, R, C], unit stride over C -> float32 [G, C]; a launcher for use inside other operators."""
+def column_sums(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """float32 [G, R, C], unit stride over C -> [G, C] in ``dtype``; a launcher for use inside other operators."""
     groups, rows, width = x.shape
-    out = x.new_empty((groups, width))
+    out = x.new_empty((groups, width), dtype=dtype)
     programs = groups * triton.cdiv(width, LAUNCH.columns)
     if programs:
         with on_device(x):
@@ -48,10 +49,10 @@ def column_sums(x: Tensor) -> Tensor:
 OFFLINE = [
     OfflineCase(
         _sum_kernel,
-        {"x_ptr": "*fp32", "out_ptr": "*fp32", "rows": "i32", "x_group": "i32", "x_row": "i32"},
+        {"x_ptr": "*fp32", "out_ptr": out, "rows": "i32", "x_group": "i32", "x_row": "i32"},
         {"C": width, "ROWS": LAUNCH.rows, "COLUMNS": LAUNCH.columns},
         LAUNCH.warps,
         divisible=("x_group", "x_row"),
     )
-    for width in (72, 1152, 6144)
+    for width, out in ((72, "*fp32"), (1152, "*bf16"), (6144, "*fp32"))
 ]

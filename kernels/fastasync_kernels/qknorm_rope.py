@@ -440,7 +440,7 @@ def launch_backward(
             )  # fmt: skip
     if tops is not None:
         column_tops(parts, tops.columns, count=True)
-    dbias = qkv.new_empty(0) if bias is None else column_sums(bias_partial[None])[0].to(bias)
+    dbias = qkv.new_empty(0) if bias is None else column_sums(bias_partial[None], bias)[0]
     return dqkv, column_sums(partial), dbias
 
 

@@ -57,3 +57,4 @@ def test_sums_over_rows(shape):
     scale = x.double().abs().sum(1)
     assert ((found - exact).abs() <= 2.0**-20 * scale).all()  # 16 roundings of float32
     assert torch.equal(found, column_sums(x))
+    assert torch.equal(column_sums(x, torch.float16), found.half())
