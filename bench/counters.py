@@ -12,6 +12,7 @@ import csv
 import importlib
 import io
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -80,12 +81,10 @@ def kernels(page: str) -> list[dict[str, str]]:
 def _row(cells: Mapping[str, str], units: Mapping[str, str]) -> dict[str, str]:
     # ncu writes the range's name, then a colon and its colour and payload
     ranges = [found[1] for cell in cells.values() if (found := re.search(rf"{LABEL}([^\":]+)", cell))]
-    values = {name: float(cells[metric].replace(",", "")) for name, metric in METRICS.items() if cells.get(metric)}
+    values = {name: value for name, metric in METRICS.items() if (value := _number(cells.get(metric, ""))) is not None}
     if "us" in values:
         values["us"] *= _MICROSECONDS[units[METRICS["us"]]]
-    stalls = {
-        found[1]: float(cell.replace(",", "")) for name, cell in cells.items() if (found := _STALL.fullmatch(name))
-    }
+    stalls = {found[1]: _number(cell) or 0.0 for name, cell in cells.items() if (found := _STALL.fullmatch(name))}
     waits = sorted(((value, name) for name, value in stalls.items() if name != "selected"), reverse=True)
     whole = sum(stalls.values())
     return {
@@ -94,6 +93,15 @@ def _row(cells: Mapping[str, str], units: Mapping[str, str]) -> dict[str, str]:
         **{name: f"{values[name]:.3g}" if name in values else "" for name in METRICS},
         "wait for": ", ".join(f"{name} {value / whole:.0%}" for value, name in waits[:3]) if whole else "",
     }
+
+
+def _number(cell: str) -> float | None:
+    """A number as ncu writes it; None for "n/a" and the like."""
+    try:
+        value = float(cell.replace(",", ""))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def count(subjects: Sequence[str]) -> None:
@@ -132,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"counters: error: ncu failed: {(found.stderr or found.stdout).strip()[-1500:]}", file=sys.stderr)
         return 1
     rows = kernels(found.stdout)
+    if not rows:
+        print("counters: error: ncu counted no kernel", file=sys.stderr)
+        return 1
     with open(chosen.out / "kernels.csv", "w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()

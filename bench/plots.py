@@ -97,12 +97,12 @@ def kernels(rows: Sequence[Row], path: Path) -> Path | None:
         return None
     names = sorted(found, key=lambda name: found[name]["triton"].share or 0.0)
     figure, axes = plt.subplots(figsize=(9, 0.16 * len(names) + 1.3), layout="constrained")
+    labels = {"triton": "ours", "reference compiled": "compiled PyTorch"}  # each once
     for place, name in enumerate(names):
         dots = [(v, found[name][v].share) for v in ("reference compiled", "triton") if v in found[name]]
         axes.plot([share for _, share in dots], [place] * len(dots), color="#ccc", lw=1.2, zorder=1)
         for variant, share in dots:
-            label = {"triton": "ours", "reference compiled": "compiled PyTorch"}[variant] if not place else None
-            axes.plot(share, place, "o", color=COLORS[variant], ms=4.5, label=label)
+            axes.plot(share, place, "o", color=COLORS[variant], ms=4.5, label=labels.pop(variant, None))
     axes.set_yticks(range(len(names)), names, fontsize=6.5)
     axes.set_ylim(-0.8, len(names) - 0.2)
     axes.set_xlim(0, 1.05)

@@ -37,6 +37,7 @@ from fastasync.training import build_engine, build_model, checkpoint, load_model
 from fastasync.training.build import choose_autocast, choose_device, choose_ops
 
 Say = Callable[[str], None]
+SECONDS = "seconds.json"  # what a line of training has taken, and until which step
 
 
 class Trained(NamedTuple):
@@ -199,24 +200,23 @@ class Workshop:
         schedule = self.schedule(spec)
         config = self.study.config(spec, max(steps), math.gcd(*steps))
         inputs, folder = self.inputs(spec.representations), self.run_folder(spec)
-        record, kept = folder / "seconds.json", {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
-        if record.exists() and set(steps) <= kept:  # by a longer run, too
-            spent = _seconds(record)
+        kept = _checkpoints(folder)
+        if set(steps) <= kept:  # by a longer run, too
+            spent = _seconds(folder, max(kept))
             return Trained(folder, schedule, spent and spent * max(steps) / max(kept))
         if max(kept, default=0) > max(steps):  # a longer run that did not keep them, or was cut off: beside it
             folder = folder.with_name(f"{folder.name}_to_{max(steps)}")
-            record = folder / "seconds.json"
         if spec.start == "probe" and not (folder / checkpoint.FOLDER).exists():
             self._start_from_probe(spec, config, schedule, folder)
         shape = (spec.size, spec.representations)
         if self._compiled not in (None, shape):
             torch.compiler.reset()  # another network: its graphs would count against the limit of recompilations
         self._compiled = shape
-        # of a run that a killed process had begun nobody knows the seconds
-        before = _seconds(record) if record.exists() else None if kept else 0.0
+        begun = max(_checkpoints(folder), default=0)
+        before = _seconds(folder, begun)
         start = time.perf_counter()
         try:
-            result = train(
+            train(
                 config,
                 inputs.latents,
                 schedule,
@@ -225,14 +225,11 @@ class Workshop:
                 progress=sys.stderr.isatty(),
                 say=self.say,
             )
-            worked = result.step > result.resumed_from  # else it was complete, and its seconds are known
-        except BaseException:
-            worked = folder.exists()  # interrupted: the next process adds its own
-            raise
-        finally:
-            if worked:
+        finally:  # of an interrupted run, too: the next process adds its own
+            reached = max(_checkpoints(folder), default=0)
+            if reached > begun:
                 before = None if before is None else before + time.perf_counter() - start
-                write_json(record, before)
+                write_json(folder / SECONDS, {"seconds": before, "step": reached})
         return Trained(folder, schedule, before)
 
     def _start_from_probe(self, spec: Spec, config: Config, schedule: Schedule, folder: Path) -> None:
@@ -317,8 +314,24 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(str(path), f"cannot be read ({error})", remedy) from None
 
 
-def _seconds(record: Path) -> float | None:
-    return read_json(record, f"remove {record.parent} (it is trained again) and run the same command again")
+def _checkpoints(folder: Path) -> set[int]:
+    """The steps that a line of training has checkpoints of."""
+    return {step for step, _ in checkpoint.steps(folder / checkpoint.FOLDER)}
+
+
+def _seconds(folder: Path, step: int) -> float | None:
+    """What was spent until the checkpoint of ``step``; None where a process that was killed did not say it."""
+    if not step:  # nothing was trained yet
+        return 0.0
+    path = folder / SECONDS
+    if not path.exists():
+        return None
+    remedy = f"remove {folder} (it is trained again) and run the same command again"
+    known = read_json(path, remedy)
+    try:
+        return known["seconds"] if known["step"] >= step else None
+    except (KeyError, TypeError):
+        raise UserError(str(path), "holds no seconds and step", remedy) from None
 
 
 def evaluations_of(name: str, measured: float | None = None) -> float:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from bench.science.plan import (
     merge,
     seconds,
 )
-from bench.science.runner import Workshop, read_json
+from bench.science.runner import Trained, Workshop, read_json
 from bench.science.specs import SCAN_SEED, STUDIES, Study
 from bench.science.table import Row, locked, markdown, write_csv
-from fastasync.config import Config
+from fastasync.config import Config, flatten
 from fastasync.errors import UserError, unknown_name
 from fastasync.files import atomic_path, write_json
 from fastasync.report.style import png
@@ -151,6 +151,7 @@ class Worker:
         self.ledger, self.workshop, self.keep, self.say = ledger, workshop, keep, say
         self.command, self.commit = command, commit()
         self.failures = 0  # in a row
+        self.stopped: dict[Any, UserError] = {}  # jobs that cannot be done until something is mended
 
     def about(self, row: Row | None = None) -> dict[str, str]:
         """Where a row comes from; ``row``: whose figures stay, made by another commit or on other hardware perhaps."""
@@ -161,10 +162,8 @@ class Worker:
         return {**found, "command": self.command, "date": today}
 
     def run(self, job: Job) -> None:
-        """One job; what goes wrong in it becomes its row.
-
-        Raises UserError: something is damaged or missing, and no run failed of it.
-        """
+        """One job; what goes wrong in it becomes its row.  Where something is damaged or missing no run failed of it:
+        that is said, and kept in ``stopped``."""
         try:
             if isinstance(job, RankJob):
                 self._rank(job)
@@ -172,12 +171,14 @@ class Worker:
                 self._train(job)
             self.failures = 0
         except Exception as error:
+            self.failures += 1
             if isinstance(error, UserError) and not _of_the_run(error):
-                raise
+                self.stopped[_key(job)] = error
+                self.say(f"STOPPED {job}: {error}")
+                return
             text = f"{type(error).__name__}: {error}"[:300]
             self.say(f"FAILED {job}: {text}")
             self._failed(job, text)
-            self.failures += 1
 
     def _failed(self, job: Job, text: str) -> None:
         what = {"status": FAILED, "error": text, **self.about()}
@@ -232,7 +233,7 @@ class Worker:
                         **found,
                         "fingerprint": trained.schedule.fingerprint,
                         "lead": trained.schedule.lead(),
-                        "train_seconds": trained.seconds and round(trained.seconds * step / max(steps), 2),
+                        **_train_seconds(trained, step / max(steps)),
                         **{part: round(value, 2) for part, value in before.items()},
                         **self.about(row),
                     }
@@ -256,7 +257,8 @@ class Worker:
             columns = [f"{metric}_{name}" for name in names for metric in METRICS] + ["fingerprint", "lead"]
             columns += ["nfe_dopri5"] if "nfe_dopri5" in twin else []
             taken = {name: twin[name] for name in columns} | dict.fromkeys(SECONDS, 0.0)
-            what = {"step": step, "status": DONE, "error": "", "same_as": twin["schedule"], **taken, **self.about()}
+            about = self.about(self.ledger.row(job.spec, step))
+            what = {"step": step, "status": DONE, "error": "", "same_as": twin["schedule"], **taken, **about}
             self.ledger.runs.put({**asdict(job.spec), **what})
             self.say(f"{job}: the schedule of {twin['schedule']}, which was trained on this seed")
         return True
@@ -271,7 +273,7 @@ def work(
     while True:
         ledger.refresh()
         left = [job for jobs in plan(ledger, workshop, numbers).values() for job in jobs]
-        ready = [job for job in left if job.runnable]
+        ready = [job for job in left if job.runnable and _key(job) not in worker.stopped]
         rates = measured_rates(ledger, workshop.hardware, assumed)
         room = math.inf if limit is None else limit - (time.perf_counter() - start)
         if limit is not None:
@@ -298,10 +300,15 @@ def work(
             time.sleep(WAIT)  # what another process finishes may make more jobs ready
 
 
+def _train_seconds(trained: Trained, share: float) -> dict[str, float]:
+    """Nothing where they are not known: what a row says already stays."""
+    return {} if trained.seconds is None else {"train_seconds": round(trained.seconds * share, 2)}
+
+
 def _of_the_run(error: UserError) -> bool:
     """Whether a run cannot be done as it is (it diverged, or its settings do not go together): no file is to blame."""
-    sections = {section.name for section in fields(Config)}
-    return isinstance(error, TrainingError) or error.field.partition(".")[0] in sections
+    fields = flatten(Config()).keys() - {place.removesuffix("=") for place in PLACES}
+    return isinstance(error, TrainingError) or error.field in fields
 
 
 def _joined(before: str, now: str) -> str:
@@ -362,17 +369,17 @@ def check_settings(ledger: Ledger, settings: Sequence[str], write: bool) -> None
     path = ledger.out / "settings.json"
     asked = sorted(setting for setting in settings if not setting.startswith(PLACES))
     with locked(path.with_name(".settings.lock")) if write else nullcontext():
-        known = (
-            read_json(path, "it holds the --set of the rows beside it as a list: bring it back")
-            if path.exists()
-            else []
-        )
-        begun = path.exists() or ledger.runs.rows or ledger.ranks.rows
-        if asked != known and begun:
-            remedy = (
-                f"the rows in {ledger.out} were made with {' '.join(known) or 'none'}: give another --out and --work"
-            )
-            raise UserError("--set", " ".join(asked) or "(none)", remedy)
+        rows = bool(ledger.runs.rows or ledger.ranks.rows)
+        known: list[str] = []
+        if path.exists():
+            how = "it holds the --set of the rows beside it as a list of texts: bring it back"
+            known = read_json(path, how)
+            if not isinstance(known, list) or not all(isinstance(each, str) for each in known):
+                raise UserError(str(path), "holds no list of texts", how)
+        if asked != known and (rows or path.exists()):
+            made = f"the rows in {ledger.out} were made" if rows else f"{ledger.out} was begun"
+            remedy = f"{made} with {' '.join(known) or 'none'}: give another --out and --work"
+            raise UserError("--set", " ".join(asked) or "(none)", remedy + ("" if rows else f", or remove {path}"))
         if write and not path.exists():
             write_json(path, asked)
 
@@ -396,6 +403,7 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
     for name in only or ():
         if name not in known:
             raise unknown_name("--schedules", name, known)
+    study.common()  # what is wrong with --set is said before anything is written
     ledger = Ledger(study, seeds, out, only)
     check_settings(ledger, arguments.set, write=not (arguments.dry_run or arguments.report))
     workshop = Workshop(study, out, arguments.work or Path("runs") / f"science-{study.preset}", say)
@@ -414,6 +422,8 @@ def run(arguments: argparse.Namespace, study: Study | None = None, say: Say = pr
         if left:
             say(f"{len(left)} jobs left; the same command goes on")
     say(f"wrote {write_reports(ledger, numbers, command)}")
+    if not arguments.report and worker.stopped:
+        raise next(iter(worker.stopped.values()))
     return 0
 
 

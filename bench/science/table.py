@@ -32,8 +32,11 @@ def as_text(value: Any) -> str:
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock ``path`` (a file of its own) against other processes; whether it is ours: without ``wait`` it may
     be in other hands.  The system frees it however the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(str(path.parent), error.strerror, "choose a folder that can be written to") from None
     try:
         try:
             # a POSIX record lock, which worker processes do not inherit

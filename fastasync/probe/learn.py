@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import fastasync_kernels
 import numpy as np
@@ -126,8 +127,12 @@ class ProbeResult:
         content = {name: value for name, value in content.items() if name not in ("fingerprint", PLANNED)}
         surface: dict[str, np.ndarray] = {}
         if (folder / SURFACE).exists():
-            with np.load(folder / SURFACE, allow_pickle=False) as arrays:
-                surface = dict(arrays)
+            try:
+                with np.load(folder / SURFACE, allow_pickle=False) as arrays:
+                    surface = dict(arrays)
+            except (OSError, ValueError, EOFError, BadZipFile) as error:
+                remedy = f"remove {folder} and run the probe again"
+                raise UserError(str(folder / SURFACE), f"cannot be read ({error})", remedy) from None
         schedule = schedule_from_json(content.pop("schedule"), source=str(folder / RESULT))
         return cls(schedule, surface=surface, **content)
 
@@ -246,6 +251,8 @@ def learn_schedule(
         forward=forward,
     )
     with nullcontext() if folder is None else only_process(folder, "probing"):
+        if folder is not None and (done := ProbeResult.load(folder, fingerprint)) is not None:
+            return done  # by another process, since
         result = _joint(job) if probe.estimator == "A" else _independent(job, score, oracle)
         if folder is not None:
             result.save(folder, fingerprint, trained)

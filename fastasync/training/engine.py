@@ -189,6 +189,8 @@ class PlainEngine:
                 watch=self._watch,
             )
         values, norm = self._graphed(step, parts)
+        if self._graphed.refused:  # the next steps are as plain as any
+            self._graphed = self._lr = None
         return values, norm
 
     def mean(self, values: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class GraphedStep:
         self._function, self._device, self._undo = function, device, undo
         self._careful, self._watch = careful, watch
         self._calls = 0
-        self._hidden = 0.0  # the share of the step that was watched in which all had been launched
+        self._hidden = 1.0  # the share of the step that was watched in which all had been launched
+        self.refused = False  # steps go on as they are: there is no use in this object any more
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._parts: list[Part] = []
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -148,6 +149,7 @@ class GraphedStep:
             self._forget_peak()
         if self._calls == WARM_UP + 1:
             self._replay = self._recording(parts)
+            self.refused = self._replay is None
         elif self._replay is not None:
             for fixed, part in zip(self._parts, parts, strict=True):
                 for target, value in zip(fixed, part):
@@ -183,7 +185,7 @@ class GraphedStep:
         return None
 
     def _wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.cuda.current_stream(self._device).synchronize()  # other streams' work (a loader's) is not a step's
 
     def _forget_peak(self) -> None:
         """The peak until now is of compiling and measuring, or of other work: one more step will show a step's own."""
@@ -261,15 +263,15 @@ def wants_forward_graph(choice: str, device: torch.device) -> bool:
 class GraphedForward:
     """Calls ``function(x, tau, y)``; the first shape that has come ``WARM_UP`` times is replayed from a recording.
 
-    Other shapes (the last batch is smaller) run as they are, and so do all where a recording runs out of memory, or,
-    with ``watch``, where launching a pass did not take nearly all of its time.
+    Other shapes (the last batch is smaller) run as they are, and so do all where a recording runs out of memory.  With
+    ``watch`` a shape is passed over whose last pass before was not spent on launching, nearly all of it.
     ``function`` must depend on nothing but its arguments and weights that stay.  What is returned is the caller's.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, watch: bool = False):
         self._function, self._device, self._watch = function, device, watch
         self._seen: Counter[Hashable] = Counter()
-        self._hidden = 0.0  # the share of the pass that was watched in which all had been launched
+        self._hidden: dict[Hashable, float] = {}  # the share of a watched pass in which all had been launched
         self._recorded: Hashable = None  # the key of what is recorded
         self._fixed: tuple[Tensor, ...] = ()
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
@@ -278,14 +280,15 @@ class GraphedForward:
     def __call__(self, x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
         arguments = (x, tau, y)
         key = tuple((each.shape, each.dtype, each.device) for each in arguments)
-        if not self._tried and self._seen[key] == WARM_UP:
+        due = not self._tried and self._seen[key] == WARM_UP
+        if due and (not self._watch or gains(self._hidden.get(key, 1.0), "passes", "sample")):
             self._tried = True
             self._replay = self._recording(arguments)
             self._recorded = key if self._replay else None
         if self._replay is None or key != self._recorded:
             self._seen[key] += 1
             if self._watch and not self._tried and self._seen[key] == WARM_UP:
-                out, self._hidden = watched(lambda: self._function(*arguments), self._wait)
+                out, self._hidden[key] = watched(lambda: self._function(*arguments), self._wait)
                 return out
             return self._function(*arguments)
         for target, value in zip(self._fixed, arguments):
@@ -293,8 +296,6 @@ class GraphedForward:
         return self._replay()[0].clone()
 
     def _recording(self, arguments: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]] | None:
-        if self._watch and not gains(self._hidden, "passes", "sample"):
-            return None
         self._fixed = tuple(each.clone() for each in arguments)
         replay = unless_out_of_memory(lambda: self._record(lambda: (self._function(*self._fixed),)))
         if replay is not None:
@@ -306,7 +307,7 @@ class GraphedForward:
         return None
 
     def _wait(self) -> None:
-        torch.cuda.synchronize(self._device)
+        torch.cuda.current_stream(self._device).synchronize()
 
     def _record(self, run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
         with torch.no_grad():

@@ -270,8 +270,8 @@ def _launch(
 
 
 def _options(gradient: bool, cosine: bool) -> dict[str, int]:
-    """The cosine's gradient fits into 80 registers without spills, three programs on a multiprocessor; the compiler
-    would take up to 118 for two."""
+    """The cosine's gradient fits into 80 registers, three programs on a multiprocessor (the compiler would take up to
+    118, for two): without spills for two representations of one dtype, with 8 to 24 bytes of them for others."""
     return {"maxnreg": 80} if gradient and cosine else {}
 
 
@@ -501,12 +501,26 @@ def corrected_loss(
     return loss, errors, cosines
 
 
-def _case(types: str, errors: bool, gradient: bool, cosine: bool, uniform: bool, step: str = "i64") -> OfflineCase:
+def _case(
+    types: str,
+    errors: bool,
+    gradient: bool,
+    cosine: bool,
+    uniform: bool,
+    step: str = "i64",
+    starts: tuple[int, ...] = (0, 32, 48),
+) -> OfflineCase:
     signature = dict.fromkeys(("weight_ptr", "cosine_ptr", "errors_ptr", "cosines_ptr"), "*fp32")
     signature |= {"v_ptr": types, "z_ptr": types, "dv_ptr": types, "samples_ptr": "*i64", "seed": "i64", "step": step}
     signature |= {"weight_scale": "fp32", "cosine_scale": "fp32"}
     flags = {"ERRORS": errors, "GRADIENT": gradient, "COSINE": cosine, "COSINE_UNIFORM": uniform}
-    sizes = {"STARTS": (0, 32, 48), "HW": 256, "ROWS": 8 if cosine else 16, "COLUMNS": 256, "SLOTS": 2}
+    sizes = {
+        "STARTS": starts,
+        "HW": 256,
+        "ROWS": 8 if cosine else 16,
+        "COLUMNS": 256,
+        "SLOTS": 2 ** (len(starts) - 2).bit_length(),
+    }
     flags |= {"STEP_TENSOR": step == "*i64"}
     return OfflineCase(_kernel, signature, {**sizes, **flags, **_options(gradient, cosine)}, WARPS)
 
@@ -519,6 +533,7 @@ OFFLINE = [
     _case("*fp32", True, False, True, True),
     _case("*fp32", False, True, True, False),
     _case("*bf16", True, True, True, True),
+    _case("*fp32", True, True, True, True, "*i64", (0, 16, 32, 48)),
     OfflineCase(
         _total,
         {**dict.fromkeys(("errors_ptr", "weight_ptr", "cosines_ptr", "loss_ptr"), "*fp32"), "batch": "i32"}

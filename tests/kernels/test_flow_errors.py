@@ -187,9 +187,12 @@ def test_repeatable_and_free_of_the_batch_split():
 def test_tile_changes_rounding_only(monkeypatch, cosine, tile):
     v, z, weight, channels, samples = batch((1, (20, 7), 18, 20))
     whole = gradients(flow_errors, v, z, weight, channels, samples, cosine)
+    asked, tiling = [], module._tiling
+    monkeypatch.setattr(module, "_tiling", lambda *sizes: asked.append(sizes[-1]) or tiling(*sizes))
     monkeypatch.setattr(module, tile, 512)
     for a, b in zip(gradients(flow_errors, v, z, weight, channels, samples, cosine), whole):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert set(asked) == {512}
 
 
 @pytest.mark.parametrize(

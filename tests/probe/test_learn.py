@@ -1,6 +1,8 @@
 """The interface over the estimators: every estimator end to end, budget enforced, resume, determinism, K = 3."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +159,29 @@ def test_states_of_a_training_are_rare_and_checked(tmp_path, monkeypatch):
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"training\.json: the probe's training then starts again"):
         learned(config, out_dir=tmp_path)
+
+
+def test_one_process_probes_in_a_folder(tmp_path, monkeypatch):
+    config, folder = tiny_config(estimator="B"), tmp_path / "probe"
+    folder.mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline()
+        with pytest.raises(UserError, match="another process is probing here"):
+            learned(config, out_dir=folder)
+        other.communicate(b"\n")
+    found = learned(config, out_dir=folder)
+    # a process that had looked before the other one was done looks again when it has the lock
+    load, looks = ProbeResult.load, []
+    monkeypatch.setattr(
+        learn_module.ProbeResult,
+        "load",
+        lambda *arguments: looks.append(1) or (load(*arguments) if looks[1:] else None),
+    )
+    monkeypatch.setattr(learn_module, "_independent", None)
+    assert learned(config, out_dir=folder).diagnostics == found.diagnostics
 
 
 def test_what_the_network_does_not_depend_on_may_change_after_an_interruption(tmp_path, monkeypatch):

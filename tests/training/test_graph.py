@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastasync import stages
 from fastasync.config import config_from_dict
 from fastasync.errors import UserError
 from fastasync.optim import FusedAdamW, build_optimizer
@@ -143,6 +144,7 @@ def test_a_watched_step_is_recorded_where_launches_bind_it(monkeypatch, caplog, 
         count, z = step(number, [Part(*torch.full((4, 1), float(number)))])
         assert (int(count), float(z)) == (number, number + 1)
     assert Pretend.recorded == records
+    assert step.refused == (not records)
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("launches bind steps" if records else "steps are not recorded")
     assert f"{left:.0%} of its time is left" in said
@@ -333,6 +335,54 @@ def test_passes_go_on_where_a_recording_finds_no_memory(caplog):
     assert [line.getMessage().split(":")[0] for line in caplog.records] == ["passes are not recorded"]
 
 
+def test_each_shape_of_passes_is_looked_at_for_itself(monkeypatch):
+    """The larger batch hides its launches, the smaller one does not; they come by turns."""
+    clock = [0.0]
+    monkeypatch.setattr(graph.time, "perf_counter", lambda: clock[0])
+
+    class Timed(PretendForward):
+        def _wait(self):
+            clock[0] += 1.0 if self.large else 0.0
+
+    def call(x, tau, y):
+        clock[0] += 1.0
+        return one_pass(x, tau, y)
+
+    graphed = Timed(call, torch.device("cpu"), watch=True)
+    for number in range(WARM_UP + 2):
+        for batch in (8, 4):
+            graphed.large = batch == 8
+            graphed(*pass_arguments(batch, number))
+    assert graphed.recorded == 1
+    assert graphed._recorded[0][0] == (4, 3, 2, 2)
+
+
+@pytest.mark.parametrize("choice", ["auto", "on"])
+def test_an_engine_looks_where_it_is_auto(tiny, run, tmp_path, monkeypatch, choice):
+    asked = []
+
+    class Asked(Pretend):
+        def __init__(self, *args, watch=False, careful=False, **kwargs):
+            asked.append((watch, careful))
+            super().__init__(*args, watch=False, careful=False, **kwargs)
+
+    monkeypatch.setattr(engine, "GraphedStep", Asked)
+    monkeypatch.setattr(engine, "wants_graph", lambda *_: True)
+    monkeypatch.setattr(graph, "LAUNCH_BOUND", 0.0)
+    run(tiny(train=dict(cuda_graph=choice)), tmp_path / choice)
+    assert asked == [(choice == "auto", choice == "auto")]
+
+
+@pytest.mark.parametrize(("choice", "watch"), [("auto", [True]), ("on", [False]), ("off", [])])
+def test_sampling_looks_where_it_is_auto(tiny, monkeypatch, choice, watch):
+    asked = []
+    monkeypatch.setattr(stages, "GraphedForward", lambda call, device, watch: asked.append(watch))
+    monkeypatch.setattr(stages, "wants_forward_graph", lambda choice, device: choice != "off")
+    config = config_from_dict({"sample": dict(cuda_graph=choice)}, tiny())
+    stages._velocity(config, build_model(config).eval(), torch.device("cpu"), "none")
+    assert asked == watch
+
+
 @pytest.mark.parametrize(("left", "records"), [(0.0, 1), (0.09, 1), (0.11, 0)])
 def test_a_watched_pass_is_recorded_where_launches_bind_it(monkeypatch, caplog, left, records):
     caplog.set_level(logging.INFO, "fastasync")
@@ -398,6 +448,6 @@ def test_a_pass_that_hides_its_launches_is_not_recorded_on_the_gpu():
     graphed = GraphedForward(call, torch.device("cuda"), watch=True)
     for _ in range(WARM_UP + 2):
         graphed(torch.ones(2, device="cuda"), torch.ones(2, device="cuda"), torch.arange(2, device="cuda"))
-    assert graphed._tried
     assert graphed._replay is None
-    assert graphed._hidden > HIDDEN
+    (hidden,) = graphed._hidden.values()
+    assert hidden > HIDDEN
