@@ -265,14 +265,14 @@ def _launch(
             COLUMNS=columns,
             SLOTS=triton.next_power_of_2(len(channels)),
             num_warps=WARPS,
-            **_options(dv is not None, cosine),
+            **_options(dv is not None, cosine, len(channels) == 2 and v.dtype == z.dtype),
         )
 
 
-def _options(gradient: bool, cosine: bool) -> dict[str, int]:
-    """The cosine's gradient fits into 80 registers, three programs on a multiprocessor (the compiler would take up to
-    118, for two): without spills for two representations of one dtype, with 8 to 24 bytes of them for others."""
-    return {"maxnreg": 80} if gradient and cosine else {}
+def _options(gradient: bool, cosine: bool, usual: bool) -> dict[str, int]:
+    """Without a limit the cosine's gradient takes up to 128 registers, for two programs on a multiprocessor.  ``usual``:
+    two representations, one dtype; they fit into 80 without spills, for three programs, and all others into 96."""
+    return {"maxnreg": 80 if usual else 96} if gradient and cosine else {}
 
 
 def _new_errors(v: Tensor, channels: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -522,7 +522,7 @@ def _case(
         "SLOTS": 2 ** (len(starts) - 2).bit_length(),
     }
     flags |= {"STEP_TENSOR": step == "*i64"}
-    return OfflineCase(_kernel, signature, {**sizes, **flags, **_options(gradient, cosine)}, WARPS)
+    return OfflineCase(_kernel, signature, {**sizes, **flags, **_options(gradient, cosine, len(starts) == 3)}, WARPS)
 
 
 OFFLINE = [
