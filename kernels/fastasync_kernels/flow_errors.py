@@ -270,7 +270,7 @@ def _launch(
 
 
 def _options(gradient: bool, cosine: bool, usual: bool) -> dict[str, int]:
-    """Without a limit the cosine's gradient takes up to 128 registers, for two programs on a multiprocessor.  ``usual``:
+    """Without a limit the cosine's gradient takes up to 128 registers: two programs on a multiprocessor.  ``usual``:
     two representations, one dtype; they fit into 80 without spills, for three programs, and all others into 96."""
     return {"maxnreg": 80 if usual else 96} if gradient and cosine else {}
 
