@@ -45,12 +45,12 @@ def against(ledger: Ledger, ours: Spec, theirs: Spec, step: int, sampler: str, m
 
 
 def of_shared_seeds(found: Mapping[str, Mapping[int, Mapping[int, float]]]) -> dict[str, dict[int, list[float]]]:
-    """Curve -> x -> values, from curve -> x -> seed -> value: at each x of the seeds that every curve has there, since
-    means over different seeds do not compare.  Curves with no values at all are not counted."""
-    curves = {label: points for label, points in found.items() if any(points.values())}
-    shared: dict[str, dict[int, list[float]]] = {label: {} for label in curves}
-    for x in sorted({x for points in curves.values() for x, values in points.items() if values}):
-        seeds = set.intersection(*(set(points.get(x, {})) for points in curves.values()))
-        for label, points in curves.items() if seeds else ():
-            shared[label][x] = [points[x][seed] for seed in sorted(seeds)]
+    """Curve -> x -> values, from curve -> x -> seed -> value: at each x of the seeds that every curve measured there
+    has, since means over different seeds do not compare.  Curves with no values at all are left out."""
+    shared: dict[str, dict[int, list[float]]] = {label: {} for label, points in found.items() if any(points.values())}
+    for x in sorted({x for points in found.values() for x in points}):
+        here = {label: found[label][x] for label in shared if found[label].get(x)}
+        seeds = set.intersection(*map(set, here.values())) if here else set()
+        for label, values in here.items() if seeds else ():
+            shared[label][x] = [values[seed] for seed in sorted(seeds)]
     return shared

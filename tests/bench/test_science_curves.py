@@ -16,11 +16,13 @@ def test_curves_are_of_the_seeds_that_all_have():
     found = {
         "a": {5: {0: 1.0, 1: 2.0, 2: 3.0}, 9: {0: 4.0, 1: 5.0}, 17: {0: 6.0}},
         "b": {5: {1: 7.0, 2: 8.0}, 9: {1: 9.0}, 17: {2: 10.0}},
+        "begun": {5: {}, 9: {1: 11.0}},  # takes nothing from the others where it has not been measured
         "nothing yet": {5: {}, 9: {}},
     }
     assert of_shared_seeds(found) == {
         "a": {5: [2.0, 3.0], 9: [5.0]},  # at 17 there is no seed in common
         "b": {5: [7.0, 8.0], 9: [9.0]},
+        "begun": {9: [11.0]},
     }
     assert of_shared_seeds({"a": {5: {}}}) == {}
 
