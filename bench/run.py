@@ -82,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if keep:
             write_rows(path, [row])
 
-    # which backends were chosen, by what times, and why others were left out
+    # which backends were chosen, by what times, why others were left out, and what is recorded as a CUDA graph
     logging.basicConfig(format="  %(message)s", stream=sys.stdout)
-    logging.getLogger("fastasync_kernels").setLevel(logging.INFO)
+    for source in ("fastasync_kernels", "fastasync.training.graph"):
+        logging.getLogger(source).setLevel(logging.INFO)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # else what is called compiled goes on eagerly

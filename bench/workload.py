@@ -21,7 +21,8 @@ from fastasync.training.step import step_function
 
 SIZES = ("XL", "L", "B", "S", "cifar10")
 PYTORCH = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"optimizer": "torch"}}
-# a variant is recorded as a CUDA graph if its name says so, whatever train.cuda_graph=auto would choose
+# a variant is recorded as a CUDA graph if its name says so, and an "auto" one as train.cuda_graph=auto (in sampling
+# sample.cuda_graph=auto) decides
 OURS = {"model": {"kernels": "auto", "attention": "auto"}, "train": {"optimizer": "auto", "cuda_graph": "off"}}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "pytorch eager": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "off"}},
@@ -45,6 +46,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "ours regional graph": {
         "model": OURS["model"],
         "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"},
+    },
+    "ours auto": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "cuda_graph": "auto"},
+    },
+    "ours fp8 auto": {
+        "model": OURS["model"],
+        "train": OURS["train"] | {"compile": "regional", "precision": "fp8", "cuda_graph": "auto"},
     },
     "ours zero1": {
         "model": OURS["model"],

@@ -47,24 +47,28 @@ def guided_update(bench: Bench) -> None:
 
 
 def forward(
-    model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT, recorded: bool = False
-) -> Callable[..., Tensor]:
+    model: LightningDiT, dtype: torch.dtype | None, exact: LightningDiT, graph: str = "off"
+) -> tuple[Callable[..., Tensor], GraphedForward | None]:
     """``run(z, tau, y)``: the velocity, under autocast in ``dtype``; for inputs in float64 that of ``exact`` in it.
 
-    ``recorded``: replayed from a CUDA graph, which is recorded here.
+    ``graph``: as ``sample.cuda_graph``; what replays the passes is returned beside them.
     """
 
     def narrow(z: Tensor, tau: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(z.device.type, dtype, enabled=dtype is not None):
             return model(z, tau, y)
 
-    replayed = GraphedForward(narrow, next(model.parameters()).device) if recorded else narrow
+    graphed = None
+    if graph != "off":
+        graphed = GraphedForward(narrow, next(model.parameters()).device, watch=graph == "auto")
 
     def run(z: Tensor, tau: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            return copy.deepcopy(exact).double()(z, tau, y) if z.dtype == torch.float64 else replayed(z, tau, y)
+            if z.dtype == torch.float64:
+                return copy.deepcopy(exact).double()(z, tau, y)
+            return graphed(z, tau, y) if graphed else narrow(z, tau, y)
 
-    return run
+    return run, graphed
 
 
 def run(bench: Bench) -> None:
@@ -76,6 +80,7 @@ def run(bench: Bench) -> None:
     names = ("pytorch eager", "ours eager") if bench.small else usual
     models: dict[str, LightningDiT] = {}
     calls: dict[str, Callable[..., Tensor]] = {}
+    decided: dict[str, str] = {}  # of sample.cuda_graph=auto
     tau = torch.full((batch, 2), 0.5, device=bench.device)
     z, y, _ = latents(configuration(size, batch, names[0]), bench.device, 1)[0]
 
@@ -99,20 +104,23 @@ def run(bench: Bench) -> None:
             break
         try:
             model, dtype = build(name, {}, name.startswith("ours"))
-            call = forward(model, dtype, next(iter(models.values()), model), "graph" in name)
+            graph = "on" if "graph" in name else "auto" if "auto" in name else "off"
+            call, graphed = forward(model, dtype, next(iter(models.values()), model), graph)
             for _ in range(WARM_UP + 1):  # what is recorded is, by then
                 call(z, tau, y)
         except UserError as error:
             bench.skip(f"sampling {name}", str(error))
             continue
         calls[name], models[name] = call, model
+        if graph == "auto":
+            decided[name] = "; recorded" if graphed is not None and graphed.recorded else "; not recorded"
     if not calls:
         return
     errors = check({name: call for name, call in calls.items() if "fp8" not in name}, [z, tau, y])
     fp8 = [name for name in calls if "fp8" in name]
     if fp8:  # against fp8 in plain PyTorch
         changes = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"compile": "off"}}
-        plain = forward(*build("ours fp8", changes, True), next(iter(models.values())))
+        plain, _ = forward(*build("ours fp8", changes, True), next(iter(models.values())))
         errors |= check({"reference": plain} | {name: calls[name] for name in fp8}, [z, tau, y])
         del plain
     times = bench.interleaved({name: lambda call=call: call(z, tau, y) for name, call in calls.items()}, warm=2)
@@ -122,7 +130,7 @@ def run(bench: Bench) -> None:
             *("sampling", f"forward {size}", name, f"batch {batch}", precision, summarize(values)),
             flops=forward_flops(models[name]) * batch,
             images=batch,
-            note=f"error {errors[name]:.1e}; {backends(models[name])}",
+            note=f"error {errors[name]:.1e}; {backends(models[name])}{decided.get(name, '')}",
         )
     del calls, models
     gc.collect()

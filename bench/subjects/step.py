@@ -114,6 +114,11 @@ def chosen_mlp(work: Work) -> str:
     return work.engine.model.chosen_mlp
 
 
+def recorded(name: str, work: Work) -> str:
+    """What ``train.cuda_graph=auto`` decided, for a row's note."""
+    return "" if "auto" not in name else "recorded" if getattr(work.engine, "recorded", False) else "not recorded"
+
+
 def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def]
     """GiB that one call of ``call`` needs at its peak, weights and optimizer included."""
     if bench.device.type != "cuda":
@@ -148,7 +153,7 @@ def run(bench: Bench) -> None:
             continue
         # several variants hold several optimizers' states, a replay allocates nothing: such peaks mean nothing (see the
         # subject memory)
-        alone = len(calls) == 1 and not any("graph" in name for name in calls)
+        alone = len(calls) == 1 and not any("graph" in name or "auto" in name for name in calls)
         memory = {name: peak_gib(bench, call) if alone else None for name, call in calls.items()}
         # two variants' activations do not fit side by side: the first steps of a turn pay for memory, and are not timed
         free = torch.cuda.empty_cache if bench.device.type == "cuda" else None
@@ -161,7 +166,7 @@ def run(bench: Bench) -> None:
                 flops=train_flops(model) * batch,
                 images=batch,
                 gib=memory[name],
-                note=backends(model),
+                note="; ".join(filter(None, (backends(model), recorded(name, work)))),
             )
         del works, calls
         torch._dynamo.reset()

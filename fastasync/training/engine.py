@@ -193,6 +193,11 @@ class PlainEngine:
             self._graphed = self._lr = None
         return values, norm
 
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self._graphed is not None and self._graphed.recorded
+
     def mean(self, values: Tensor) -> Tensor:
         return values
 

@@ -142,6 +142,11 @@ class GraphedStep:
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
         self._stream: torch.cuda.Stream | None = None
 
+    @property
+    def recorded(self) -> bool:
+        """Whether calls are replayed."""
+        return self._replay is not None
+
     def __call__(self, step: int, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         self._step.fill_(step)
         self._calls += 1
@@ -276,6 +281,11 @@ class GraphedForward:
         self._fixed: tuple[Tensor, ...] = ()
         self._replay: Callable[[], tuple[Tensor, ...]] | None = None
         self._tried = False
+
+    @property
+    def recorded(self) -> bool:
+        """Whether one shape's calls are replayed."""
+        return self._replay is not None
 
     def __call__(self, x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
         arguments = (x, tau, y)
