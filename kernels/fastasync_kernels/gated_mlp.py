@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -253,8 +255,19 @@ def _missing() -> str:
         return f"quack-kernels is not installed (no module {error.name}): {EXTRA}"
     except Exception as error:  # another version, a broken build: anything
         first = " ".join(str(error).split())[:200]
-        return f"quack-kernels cannot be imported ({type(error).__name__}: {first}): {EXTRA}"
+        return f"quack-kernels cannot be imported ({type(error).__name__}: {first}): {_misplaced() or EXTRA}"
     return ""
+
+
+def _misplaced() -> str:
+    """That quack was put into a folder of another name than it takes for installed packages (0.6.5), or nothing."""
+    try:
+        spec = importlib.util.find_spec("quack")
+    except ValueError:  # made by hand, without a place
+        return ""
+    if spec is None or spec.origin is None or {"site-packages", "dist-packages"} & set(Path(spec.origin).parts):
+        return ""
+    return f"it lies in {Path(spec.origin).parents[1]}, and works only from a folder called site-packages"
 
 
 def refusal(device: torch.device | str, dtype: torch.dtype, shape: Shape) -> str:

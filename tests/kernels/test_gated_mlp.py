@@ -247,6 +247,23 @@ def test_another_version_is_told(hopper, monkeypatch):
     assert "cannot be imported (ImportError: cannot import name 'gemm_epilogue'" in module.refusal("cuda", HALF, XL)
 
 
+@pytest.mark.parametrize("folder", ["wheels", "site-packages"])
+def test_a_folder_that_quack_does_not_work_from_is_told(hopper, monkeypatch, tmp_path, folder):
+    for name in quack_kit.modules():
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / folder / "quack").mkdir(parents=True)
+    (tmp_path / folder / "quack" / "__init__.py").write_text("raise TypeError('no fail-closed semantic key')")
+    monkeypatch.syspath_prepend(tmp_path / folder)
+    module._missing.cache_clear()
+    sys.modules.pop("fastasync_kernels.quack_products", None)
+    remedy = module.EXTRA
+    if folder == "wheels":
+        remedy = f"it lies in {tmp_path / folder}, and works only from a folder called site-packages"
+    assert module.refusal("cuda", HALF, XL) == (
+        f"quack-kernels cannot be imported (TypeError: no fail-closed semantic key): {remedy}"
+    )
+
+
 def test_without_a_gpu():
     assert module.refusal("cpu", HALF, XL) == "needs a CUDA device, not cpu"
     assert resolve_mlp("auto", reference.swiglu, "cpu", HALF, XL) == "plain"
