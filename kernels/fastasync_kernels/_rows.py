@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import power_of_two
+
 
 def head_and_tail(width: int) -> tuple[int, int]:
     """(head, tail): the largest power of two below ``width``, and the power of two that holds the rest.  width >= 2."""
     head = 1 << ((width - 1).bit_length() - 1)
-    return head, triton.next_power_of_2(width - head)
+    return head, power_of_two(width - head)
 
 
 def check_unit_stride(name: str, tensor: Tensor) -> None:

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, Launch, OfflineCase, ceil_div, check_tensor, on_device
 from ._rows import check_unit_stride, head_and_tail, row_sum, store_column_tops, store_row_tops, unit_stride
 from .column_sums import column_sums
 from .tops import Tops, column_tops
@@ -324,7 +324,7 @@ def _launch_forward(
         launch = FORWARD if y is None else GATED_FORWARD
     else:
         launch = TOPS_FORWARD if y is None else TOPS_GATED_FORWARD
-    chunks = triton.cdiv(tokens, launch.chunk)
+    chunks = ceil_div(tokens, launch.chunk)
     rows, parts = (x, x) if tops is None else (tops.rows, x.new_empty((batch * chunks, width)))
     if batch * chunks:
         second, gates = (x, shift) if y is None or gate is None else (y, gate)  # unused when not gated
@@ -370,7 +370,7 @@ def _launch_backward(
         launch = BACKWARD if not gated else GATED_BACKWARD if bias is None else BIAS_BACKWARD
     else:
         launch = TOPS_BACKWARD
-    chunks = triton.cdiv(tokens, launch.chunk)
+    chunks = ceil_div(tokens, launch.chunk)
     rows, parts = (x, x) if tops is None else (tops.rows, x.new_empty((batch * chunks, width)))
     sums = 2 + gated + (bias is not None)
     partial = x.new_empty((batch, chunks, sums, width), dtype=torch.float32)
@@ -384,7 +384,7 @@ def _launch_backward(
                     GATED=gated, BIAS=bias is not None, TOPS=tops is not None, RESIDUAL=dresidual is not None,
                     **_meta(width, launch),
                 )  # fmt: skip
-            _reduce_kernel[(batch, triton.cdiv(width, REDUCE.columns))](
+            _reduce_kernel[(batch, ceil_div(width, REDUCE.columns))](
                 partial, weight, scale, dshift, dscale, dgate, weighted, chunks, scale.stride(0),
                 GATED=gated, SUMS=sums, D=width, BLOCK=REDUCE.columns, **REDUCE.options(2),
             )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRET, Launch, OfflineCase, on_device
+from ._common import INTERPRET, Launch, OfflineCase, ceil_div, on_device
 
 # few blocks of few rows are what the interpreter is fast at
 LAUNCH = Launch(rows=64, columns=128, warps=8) if INTERPRET else Launch(rows=512, columns=8, warps=8)
@@ -36,7 +36,7 @@ def column_sums(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """float32 [G, R, C], unit stride over C -> [G, C] in ``dtype``; a launcher for use inside other operators."""
     groups, rows, width = x.shape
     out = x.new_empty((groups, width), dtype=dtype)
-    programs = groups * triton.cdiv(width, LAUNCH.columns)
+    programs = groups * ceil_div(width, LAUNCH.columns)
     if programs:
         with on_device(x):
             _sum_kernel[(programs,)](

@@ -23,6 +23,7 @@ from torch import Tensor
 from ._common import (
     OfflineCase,
     bounds,
+    ceil_div,
     check_bundle,
     check_noise_key,
     check_tensor,
@@ -30,6 +31,7 @@ from ._common import (
     normals_at,
     normals_by_eight,
     on_device,
+    power_of_two,
     signed64,
     split_step,
 )
@@ -202,7 +204,7 @@ def _tiling(channels: tuple[int, ...], positions: int, tile: int) -> tuple[int, 
     """(rows, columns) of the tile that walks a sample in the least padded work; tiles below 1,024 count as 1,024."""
 
     def cost(rows: int, columns: int) -> tuple[int, int]:
-        tiles = sum(triton.cdiv(count, rows) for count in channels) * triton.cdiv(positions, columns)
+        tiles = sum(ceil_div(count, rows) for count in channels) * ceil_div(positions, columns)
         return tiles * max(rows * columns, min(tile, 1024)), tiles
 
     sides = [2**i for i in range(13)]
@@ -210,9 +212,7 @@ def _tiling(channels: tuple[int, ...], positions: int, tile: int) -> tuple[int, 
         (rows, columns)
         for columns in sides[2:]
         for rows in sides
-        if rows * columns <= tile
-        and rows <= triton.next_power_of_2(max(channels))
-        and columns <= max(4, triton.next_power_of_2(positions))
+        if rows * columns <= tile and rows <= power_of_two(max(channels)) and columns <= max(4, power_of_two(positions))
     ]
     return min(fitting, key=lambda sizes: (*cost(*sizes), -sizes[1]))
 
@@ -263,7 +263,7 @@ def _launch(
             COSINE_UNIFORM=cosine_weight is None,
             ROWS=rows,
             COLUMNS=columns,
-            SLOTS=triton.next_power_of_2(len(channels)),
+            SLOTS=power_of_two(len(channels)),
             num_warps=WARPS,
             **_options(dv is not None, cosine, len(channels) == 2 and v.dtype == z.dtype),
         )
@@ -448,7 +448,7 @@ def _(v, z, weight, channels, seed, step, step_tensor, samples, cosine_weight, g
 def _scale_op(x: Tensor, factor: Tensor) -> None:
     if x.numel():
         with on_device(x):
-            programs = min(triton.cdiv(x.numel(), TILE), SCALE_PROGRAMS)
+            programs = min(ceil_div(x.numel(), TILE), SCALE_PROGRAMS)
             _scale[(programs,)](x, factor, x.numel(), BLOCK=TILE, num_warps=WARPS)
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, Launch, OfflineCase, ceil_div, check_tensor, on_device, power_of_two
 from ._rows import check_unit_stride
 from .column_sums import column_sums
 from .reference import FP8, FP8_MULTIPLE
@@ -238,11 +238,11 @@ def _empty_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rows_meta(width: int, count: int = 65536, tops: bool = True) -> dict[str, Any]:
-    tail = triton.next_power_of_2(width % WIDE or WIDE)
+    tail = power_of_two(width % WIDE or WIDE)
     rows = max(1, ROWS.columns // (width - (width % WIDE or WIDE) + tail))
     rows = 1 << (rows.bit_length() - 1)
     # a weight has few rows: a program for each few of them
-    few = triton.next_power_of_2(triton.cdiv(count, TOPS_PROGRAMS if tops else PROGRAMS))
+    few = power_of_two(ceil_div(count, TOPS_PROGRAMS if tops else PROGRAMS))
     return {"C": width, "WIDE": WIDE, "TAIL": tail, "CHUNK": max(min(ROWS.chunk, few), rows), "ROWS": rows}
 
 
@@ -251,7 +251,7 @@ def _cast_rows(x: Tensor, tops: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(x)
     out, scale, top = _empty_rows(x, tops)
     width, meta = x.shape[1], _rows_meta(x.shape[1], len(x), tops)
-    programs = triton.cdiv(len(x), meta["CHUNK"])
+    programs = ceil_div(len(x), meta["CHUNK"])
     parts = x.new_empty((programs, width) if tops else 0, dtype=torch.float32)
     with on_device(x):
         if programs:
@@ -281,7 +281,7 @@ def _cast_columns(x: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = COLUMNS.rows, COLUMNS.columns
     if len(x):
         with on_device(x):
-            _cast_columns_kernel[(triton.cdiv(len(x), rows) * triton.cdiv(x.shape[1], columns),)](
+            _cast_columns_kernel[(ceil_div(len(x), rows) * ceil_div(x.shape[1], columns),)](
                 x, top, out, scale, len(x), x.stride(0), out.stride(0),
                 C=x.shape[1], ROWS=rows, COLUMNS=columns, **COLUMNS.options(4),
             )  # fmt: skip
@@ -317,16 +317,16 @@ def _launch_both(
     (out, scale, _), (columns, divisor) = _empty_rows(x, False), _empty_columns(x)
     launch = BOTH if count is None else HINTED
     rows, wide = launch.rows, launch.columns
-    blocks = triton.cdiv(len(x), rows)
+    blocks = ceil_div(len(x), rows)
     partial = x.new_empty((blocks if sums else 0, x.shape[1]), dtype=torch.float32)
     if len(x):
         unused = scale
         with on_device(x):
-            _cast_both_kernel[(blocks * triton.cdiv(x.shape[1], wide),)](
+            _cast_both_kernel[(blocks * ceil_div(x.shape[1], wide),)](
                 x, tops.rows, tops.columns, unused if count is None else count, *(found or (unused, unused)),
                 out, scale, columns, divisor, partial, len(x), x.stride(0), columns.stride(0),
                 C=x.shape[1], ROWS=rows, COLUMNS=wide, PARTS=tops.rows.shape[1],
-                PADDED=triton.next_power_of_2(tops.rows.shape[1]), HINTED=count is not None, SUMS=sums,
+                PADDED=power_of_two(tops.rows.shape[1]), HINTED=count is not None, SUMS=sums,
                 **launch.options(4),
             )  # fmt: skip
     return out, scale, columns, divisor, column_sums(partial[None])[0] if sums else partial[:, 0]
@@ -369,7 +369,7 @@ def cast_hinted(x: Tensor, hint: Tensor, parts: int, sums: bool) -> tuple[Tensor
         return out, scale, columns, divisor, x.new_zeros(x.shape[1] if sums else 0, dtype=torch.float32)
     tops, count = split_hint(hint, len(x), parts)
     meta = _rows_meta(x.shape[1], len(x))
-    programs = triton.cdiv(len(x), meta["CHUNK"])
+    programs = ceil_div(len(x), meta["CHUNK"])
     found = Tops(*(x.new_empty(size, dtype=torch.float32) for size in x.shape))
     partial = x.new_empty((programs, x.shape[1]))
     with on_device(x):
@@ -434,7 +434,7 @@ def _offline() -> list[OfflineCase]:
         for width, parts, hinted in ((6144, 3, False), (1152, 4, False), (1152, 4, True), (3456, 12, True)):
             launch = HINTED if hinted else BOTH
             meta = {"C": width, "ROWS": launch.rows, "COLUMNS": launch.columns, "PARTS": parts, "HINTED": hinted}
-            meta |= {"PADDED": triton.next_power_of_2(parts), "SUMS": hinted, **launch.options(4)}
+            meta |= {"PADDED": power_of_two(parts), "SUMS": hinted, **launch.options(4)}
             cases.append(OfflineCase(_cast_both_kernel, signature, meta, launch.warps, ("x_row", "columns_row")))
     return cases
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OfflineCase, bounds, by_representation, check_bundle, check_tensor, on_device
+from ._common import OfflineCase, bounds, by_representation, ceil_div, check_bundle, check_tensor, on_device
 
 BLOCK, WARPS = 4096, 8
 
@@ -102,7 +102,7 @@ def _update_op(
     if batch:
         limits = bounds(channels, height * width)
         with on_device(x):
-            _forward[(batch * triton.cdiv(limits[-1], BLOCK),)](
+            _forward[(batch * ceil_div(limits[-1], BLOCK),)](
                 x.contiguous(),
                 v.contiguous(),
                 None if v_weak is None else v_weak.contiguous(),

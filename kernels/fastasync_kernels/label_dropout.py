@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OfflineCase, check_noise_key, check_tensor, on_device, philox_words, signed64, split_step, unit
+from ._common import (
+    OfflineCase,
+    ceil_div,
+    check_noise_key,
+    check_tensor,
+    on_device,
+    philox_words,
+    signed64,
+    split_step,
+    unit,
+)
 from .reference import LABEL_DROPOUT_STREAM
 
 BLOCK = 128
@@ -47,7 +57,7 @@ def _op(
     out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if len(y):
         with on_device(y):
-            _kernel[(triton.cdiv(len(y), BLOCK),)](
+            _kernel[(ceil_div(len(y), BLOCK),)](
                 y.contiguous(), samples.contiguous(), out, len(y), null_class, rate, seed,
                 step if step_tensor is None else step_tensor,
                 STREAM=LABEL_DROPOUT_STREAM, STEP_TENSOR=step_tensor is not None, BLOCK=BLOCK, num_warps=4,

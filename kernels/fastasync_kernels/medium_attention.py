@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, INTERPRET, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, OfflineCase, ceil_div, check_tensor, on_device, power_of_two
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 from .short_attention import _empty, _strides
 
@@ -291,7 +291,7 @@ def _attention_backward_for_keys_kernel(
 
 def _columns(width: int) -> tuple[int, int]:
     """HEAD and TAIL: one padded tile, or two where these have fewer columns."""
-    whole = max(16, triton.next_power_of_2(width))
+    whole = max(16, power_of_two(width))
     if width <= 16 or whole == width:
         return whole, 0
     head, tail = head_and_tail(width)
@@ -303,7 +303,7 @@ def _meta(heads: int, tokens: int, width: int, tile: Tile) -> dict[str, Any]:
     if not INTERPRET and max(tile.queries, tile.keys) > LARGEST_TILE:
         raise ValueError(f"{tile} is wrong when compiled: at most {LARGEST_TILE} queries and keys at a time")
     head, tail = _columns(width)
-    most = max(16, triton.next_power_of_2(tokens))
+    most = max(16, power_of_two(tokens))
     sizes = {"HEADS": heads, "TOKENS": tokens, "DH": width, "HEAD": head, "TAIL": tail}
     blocks = {"QUERIES": min(tile.queries, most), "KEYS": min(tile.keys, most), "STAGES": tile.stages}
     return {**sizes, **blocks, "num_warps": tile.warps}
@@ -337,7 +337,7 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if batch * heads:
         meta = _meta(heads, tokens, width, FORWARD)
         with on_device(q):
-            _attention_forward_kernel[(batch * heads * triton.cdiv(tokens, meta["QUERIES"]),)](
+            _attention_forward_kernel[(batch * heads * ceil_div(tokens, meta["QUERIES"]),)](
                 q, k, v, out, rows, q.stride(0), k.stride(0), v.stride(0), **_strides(Q=q, K=k, V=v), **meta,
             )  # fmt: skip
     return out, rows
@@ -362,11 +362,11 @@ def _backward_op(
     strides = _strides(G=dout, Q=q, K=k, V=v)
     with on_device(q):
         meta = _meta(heads, tokens, width, FOR_QUERIES)
-        _attention_backward_for_queries_kernel[(batch * heads * triton.cdiv(tokens, meta["QUERIES"]),)](
+        _attention_backward_for_queries_kernel[(batch * heads * ceil_div(tokens, meta["QUERIES"]),)](
             dout, q, k, v, out, rows, delta, dq, *batches, **strides, **meta,
         )  # fmt: skip
         meta = _meta(heads, tokens, width, FOR_KEYS)
-        _attention_backward_for_keys_kernel[(batch * heads * triton.cdiv(tokens, meta["KEYS"]),)](
+        _attention_backward_for_keys_kernel[(batch * heads * ceil_div(tokens, meta["KEYS"]),)](
             dout, q, k, v, rows, delta, dk, dv, *batches, **strides, **meta,
         )  # fmt: skip
     return dq, dk, dv

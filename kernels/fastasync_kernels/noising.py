@@ -21,6 +21,7 @@ from ._common import (
     OfflineCase,
     bounds,
     by_representation,
+    ceil_div,
     check_bundle,
     check_noise_key,
     check_tensor,
@@ -124,7 +125,7 @@ def _noising_op(
     if batch:
         limits = bounds(channels, height * width)
         with on_device(z):
-            _forward[(batch * triton.cdiv(limits[-1], BLOCK),)](
+            _forward[(batch * ceil_div(limits[-1], BLOCK),)](
                 z.contiguous(),
                 tau.contiguous(),
                 samples.contiguous(),

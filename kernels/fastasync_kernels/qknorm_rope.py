@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, Launch, OfflineCase, ceil_div, check_tensor, on_device, power_of_two
 from ._rows import check_unit_stride, head_and_tail, unit_stride
 from .column_sums import column_sums
 from .fp8_linear import QKNORM_PARTS
@@ -323,7 +323,7 @@ def _meta(heads: int, width: int, launch: Launch) -> dict[str, Any]:
     A piece has at least two columns of the tail, some of them masked: a load of less than four bytes is not prefetched.
     """
     head, tail = head_and_tail(width)
-    rows, lanes = triton.next_power_of_2(heads), max(head // 8, 1)
+    rows, lanes = power_of_two(heads), max(head // 8, 1)
     return {
         "HEADS": heads, "DH": width, "ROWS": rows, "LANES": lanes, "HEAD": head, "TAIL": max(tail, 2 * lanes),
         "SAMPLES": launch.chunk, "STAGES": launch.stages,
@@ -372,7 +372,7 @@ def _forward_op(
     q, k = _empty(qkv, heads, layout), _empty(qkv, heads, layout)
     if batch and tokens:
         with on_device(qkv):
-            _forward_kernel[(2 * tokens * triton.cdiv(batch, FORWARD.chunk),)](
+            _forward_kernel[(2 * tokens * ceil_div(batch, FORWARD.chunk),)](
                 qkv, q_weight, k_weight, cos, sin, q, k, batch, tokens,
                 qkv.stride(0), qkv.stride(1), q.stride(0), eps,
                 OUT_H=q.stride(1), OUT_N=q.stride(2), **_meta(heads, width, FORWARD),
@@ -425,7 +425,7 @@ def launch_backward(
     dq, dk, dv = unit_stride(dq), unit_stride(dk), unit_stride(dv)
     dqkv = qkv.new_empty(qkv.shape)
     launch = TOPS_BACKWARD if tops is not None else BACKWARD if bias is None else BIAS_BACKWARD
-    programs = tokens * triton.cdiv(batch, launch.chunk)
+    programs = tokens * ceil_div(batch, launch.chunk)
     partial = qkv.new_empty((2, programs, width), dtype=torch.float32)
     bias_partial = qkv.new_empty((0 if bias is None else programs, packed), dtype=torch.float32)
     rows, parts = (qkv, qkv) if tops is None else (tops.rows, qkv.new_empty((programs, packed)))

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, Launch, OfflineCase, check_tensor, on_device, power_of_two
 from ._rows import check_unit_stride, unit_stride
 
 LONGEST, WIDEST = 128, 128  # tokens and head dimension
@@ -166,7 +166,7 @@ def _attention_backward_kernel(
 
 
 def _meta(heads: int, tokens: int, width: int, launch: Launch) -> dict[str, Any]:
-    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (tokens, width))
+    rows, columns = (max(16, power_of_two(size)) for size in (tokens, width))
     sizes = {"HEADS": heads, "TOKENS": tokens, "DH": width, "ROWS": rows, "COLUMNS": columns}
     return {**sizes, **launch.options(rows // 16)}
 

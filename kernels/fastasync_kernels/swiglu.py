@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import FLOATS, INTERPRET, Launch, OfflineCase, check_tensor, on_device
+from ._common import FLOATS, INTERPRET, Launch, OfflineCase, ceil_div, check_tensor, on_device, power_of_two
 from .column_sums import column_sums
 
 # 3 x 1024 columns are XL's width exactly; a program takes one block of rows, and with the sums of a bias many
@@ -141,19 +141,19 @@ def _as_rows(name: str, tensor: Tensor) -> Tensor:
 
 
 def _columns(width: int, launch: Launch) -> int:
-    return min(launch.columns, triton.next_power_of_2(width))
+    return min(launch.columns, power_of_two(width))
 
 
 def _grid(rows: int, width: int, launch: Launch) -> tuple[tuple[int], dict[str, int]]:
     columns = _columns(width, launch)
-    grid = (triton.cdiv(rows, launch.chunk) * triton.cdiv(width, columns),)
+    grid = (ceil_div(rows, launch.chunk) * ceil_div(width, columns),)
     meta = {"F": width, "ROWS": launch.rows, "COLUMNS": columns, "CHUNK": launch.chunk, "STAGES": launch.stages}
     return grid, {**meta, **launch.options(4)}
 
 
 def _top_buffers(like: Tensor, rows: int, hidden: int, width: int, launch: Launch, tops: bool) -> tuple[Tensor, Tensor]:
     """For the largest magnitudes of rows [rows, blocks] and of columns [chunks, width], or two empty tensors."""
-    blocks, chunks = triton.cdiv(hidden, _columns(hidden, launch)), triton.cdiv(rows, launch.chunk)
+    blocks, chunks = ceil_div(hidden, _columns(hidden, launch)), ceil_div(rows, launch.chunk)
     shapes = ((rows, blocks), (chunks, width)) if tops else ((0, blocks), (0, width))
     return like.new_empty(shapes[0], dtype=torch.float32), like.new_empty(shapes[1], dtype=torch.float32)
 
@@ -199,7 +199,7 @@ def backward_with_tops(
     dpacked = packed.new_empty(packed.shape)
     rows, width = source.shape[0], packed.shape[-1]
     launch = BIAS_BACKWARD if with_bias or tops else BACKWARD
-    partial = packed.new_empty((triton.cdiv(rows, launch.chunk) if with_bias else 0, width), dtype=torch.float32)
+    partial = packed.new_empty((ceil_div(rows, launch.chunk) if with_bias else 0, width), dtype=torch.float32)
     row_top, top = _top_buffers(packed, rows, width // 2, width, launch, tops)
     if rows:
         grid, meta = _grid(rows, width // 2, launch)

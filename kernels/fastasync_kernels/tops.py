@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INTERPRET, Launch, OfflineCase, on_device
+from ._common import INTERPRET, Launch, OfflineCase, ceil_div, on_device
 
 # up to 2,048 rows of partial results: few turns; few blocks of few rows are what the interpreter is fast at
 COLUMNS = Launch(rows=64, columns=128, warps=8) if INTERPRET else Launch(rows=512, columns=16, warps=8)
@@ -69,7 +69,7 @@ def column_tops(parts: Tensor, out: Tensor, known: Tensor | None = None, count: 
     """
     rows, width = parts.shape
     with on_device(parts):
-        _columns_kernel[(triton.cdiv(width, COLUMNS.columns),)](
+        _columns_kernel[(ceil_div(width, COLUMNS.columns),)](
             parts, out, out if known is None else known, rows,
             C=width, ROWS=COLUMNS.rows, COLUMNS=COLUMNS.columns, HINTED=known is not None, COUNT=count,
             **COLUMNS.options(4),
