@@ -61,12 +61,14 @@ def legs(world: int, batch: int) -> list[Leg]:
     return [plain, Leg("zero 1", 1, batch), Leg("zero 2", 2, batch), plain, *strong, theirs]
 
 
-def config_of(leg: Leg, size: str, world: int, memory: str, compiled: str, json: str = "") -> Config:
+def config_of(
+    leg: Leg, size: str, world: int, memory: str, compiled: str, json: str = "", graph: str = "off"
+) -> Config:
     ranks = 1 if leg.zero is None else world
     engine: dict[str, Any] = {"engine": "plain"} if leg.zero is None else {"engine": "deepspeed", "zero": leg.zero}
     if leg.zero is not None and json:
         engine["deepspeed_config"] = json
-    changes = {"train": {**engine, "memory": memory, "compile": compiled}}
+    changes = {"train": {**engine, "memory": memory, "compile": compiled, "cuda_graph": graph}}
     return config_from_dict(changes, configuration(size, leg.batch * ranks, "ours regional"))
 
 
@@ -80,8 +82,9 @@ def settings_of_nccl(environment: dict[str, str]) -> str:
 class Scaling:
     """The legs of one launch.  All ranks do the same; rank 0 keeps the rows."""
 
-    def __init__(self, bench: Bench, size: str, compiled: str):
+    def __init__(self, bench: Bench, size: str, compiled: str, graph: str = "off"):
         self.bench, self.size, self.compiled, self.here = bench, size, compiled, session()
+        self.graph = graph  # train.cuda_graph
         self.memory = "auto"  # until the baseline has chosen
         self.base: list[float] = []  # medians of the baseline
         self.apart = False  # whether every GPU has been timed for itself
@@ -119,7 +122,7 @@ class Scaling:
             file = Path(folder) / "deepspeed.json"
             file.write_text(settings)
             given = str(file) if settings else ""
-            config = config_of(leg, self.size, world, self.memory, self.compiled, given)
+            config = config_of(leg, self.size, world, self.memory, self.compiled, given, self.graph)
             data = latents(config_of(leg, self.size, 1, self.memory, self.compiled), bench.device)
             work = make_work(config, bench.device, data, make_engine=PlainEngine if leg.zero is None else build_engine)
         schedule = learned_schedule(config)
@@ -207,7 +210,8 @@ class Scaling:
             count = sum(p.numel() for p in model.parameters() if p.requires_grad)
             notes.append(f"{4 * count / 1e9:.3g} GB of gradients")
         self.bench.add(
-            *("scaling", f"{self.size} on {world}", leg.variant, f"batch {leg.batch} a GPU", config.train.precision),
+            *("scaling", f"{self.size} on {world}", leg.variant + " recorded" * work.engine.recorded),
+            *(f"batch {leg.batch} a GPU", config.train.precision),
             times,
             flops=train_flops(model) * leg.batch,  # of one GPU
             images=images,
@@ -242,9 +246,11 @@ def measure(arguments: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     bench = Bench(device, deadline=arguments.deadline, sink=sink)
-    scaling = Scaling(bench, arguments.size, "regional" if cuda else "off")
+    scaling = Scaling(bench, arguments.size, "regional" if cuda else "off", arguments.cuda_graph)
     scaling.json = str(arguments.deepspeed_json) if arguments.deepspeed_json else ""
     wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
+    if scaling.graph == "on":  # the others' steps are not recorded
+        wanted = [leg for leg in wanted if leg.zero in (None, 1) and not leg.settings]
     scaling.run(wanted, arguments.rounds, arguments.profile)
     if here.world > 1 and scaling.time_left(5):
         scaling.all_reduce(675_000_000 if cuda else 1000)
@@ -285,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--seconds", type=float, default=200.0, help="nothing is begun that would end after this long")
     top.add_argument("--only", action="append", help="plain, zero 1, zero 2 or zero 1 strong; may be repeated")
     top.add_argument("--deepspeed-json", type=Path, help="settings of DeepSpeed to be tried")
+    top.add_argument("--cuda-graph", choices=("off", "on"), default="off", help="train.cuda_graph of all")
     top.add_argument("--profile", action="store_true", help="print each one's device time by category, and its kernels")
     top.add_argument("--results", type=Path, default=RESULTS)
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")

@@ -113,7 +113,7 @@ def run(bench: Bench) -> None:
             continue
         calls[name], models[name] = call, model
         if graph == "auto":
-            decided[name] = "; recorded" if graphed is not None and graphed.recorded else "; not recorded"
+            decided[name] = "; recorded" if graphed is not None and graphed.replays else "; not recorded"
     if not calls:
         return
     errors = check({name: call for name, call in calls.items() if "fp8" not in name}, [z, tau, y])

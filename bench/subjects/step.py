@@ -116,7 +116,7 @@ def chosen_mlp(work: Work) -> str:
 
 def recorded(name: str, work: Work) -> str:
     """What ``train.cuda_graph=auto`` decided, for a row's note."""
-    return "" if "auto" not in name else "recorded" if getattr(work.engine, "recorded", False) else "not recorded"
+    return "" if "auto" not in name else "recorded" if work.engine.recorded else "not recorded"
 
 
 def peak_gib(bench: Bench, call) -> float | None:  # type: ignore[no-untyped-def]

@@ -12,6 +12,10 @@ rank holds the float32 ones of its shard: 2 + 2 + 16 / N and 2 + (4 + 16) / N.  
 
 In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and no wait of the host.
 
+In stage 1 with our reduction, forward and backward may be replayed from a CUDA graph (``train.cuda_graph=on``):
+launches bind steps of few images a rank.  A recording holds no collective, so a rank without room for it goes on
+without.  Such a step goes around DeepSpeed's engine, whose timers and counters do not see it.
+
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
 parameter, four collectives of its size (weight, EMA, two moments: 16 bytes), and rank 0's disk.
@@ -38,7 +42,7 @@ from torch.torch_version import TorchVersion
 from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
 from fastasync.errors import UserError, not_installed, require
-from fastasync.model import LightningDiT
+from fastasync.model import LightningDiT, train_flops
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
@@ -52,7 +56,7 @@ from fastasync.training.engine import (
     compile_in_place,
     split_positions,
 )
-from fastasync.training.graph import Part
+from fastasync.training.graph import GraphedStep, Part, to_be_watched, wants_graph
 
 T = TypeVar("T")
 OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
@@ -126,11 +130,11 @@ class DeepSpeedEngine:
         self.optimizer.step = self._update  # type: ignore[method-assign]
         self._updating, self._norm = False, torch.zeros((), device=device)
         self._limit: Tensor | None = None
-        wrapped = _Autocast(self.model, choose_autocast(train.precision, device))
+        self._wrapped = _Autocast(self.model, choose_autocast(train.precision, device))
         log.setLevel(logging.ERROR)  # it warns of every optimizer that is not its own
         with whole_packs() if self._reduces else nullcontext():
             self._engine, self._sharded, _, _ = deepspeed.initialize(
-                model=wrapped, optimizer=self.optimizer, config=settings, dist_init_required=False
+                model=self._wrapped, optimizer=self.optimizer, config=settings, dist_init_required=False
             )
         log.setLevel(logging.WARNING)
         self._parts_done = 0
@@ -139,8 +143,16 @@ class DeepSpeedEngine:
         if masters is not None:
             self._unround(masters)
         if self._reduces:
-            Shards(self._sharded, self.stage, self.world, self.rank, self._update)
+            self._shards = Shards(self._sharded, self.stage, self.world, self.rank, self._update)
         self._make_state()
+        self._trained = trained
+        self._graphed: GraphedStep | None = None
+        self._graded: list[nn.Parameter] = []  # those that a step gives gradients
+        flops, choice = train_flops(self.model) * train.batch / self.world, train.cuda_graph
+        possible = self._reduces and self.stage == 1 and choice == "on"  # not by auto before it has run on GPUs
+        # whether steps go around DeepSpeed's engine, which cannot be recorded
+        self._around = possible and wants_graph(choice, device, self.optimizer, flops, train.precision)
+        self._watch = to_be_watched(choice, flops, train.precision)
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -148,9 +160,12 @@ class DeepSpeedEngine:
         return split_positions(self._train.batch, self.world, self.rank, self._train.accumulate)
 
     def forward(self, x: Tensor, tau: Tensor, y: Tensor, **options: Any) -> Any:
-        return self._engine(x, tau, y, **options)
+        return (self._wrapped if self._around else self._engine)(x, tau, y, **options)
 
     def backward(self, loss: Tensor) -> None:
+        if self._around:
+            (loss / self._train.accumulate).backward()
+            return
         self._engine.backward(loss)
         self._parts_done += 1
         if self._parts_done < self._train.accumulate:
@@ -160,7 +175,9 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._parts_done, self._limit = 0, limit
-        self._engine.step()
+        if self._around:
+            self._shards.reduce()
+        (self._sharded if self._around else self._engine).step()
         if not self._clips:
             self._norm = torch.as_tensor(self._sharded._global_grad_norm, dtype=torch.float32, device=self.device)
         return self._norm
@@ -168,7 +185,40 @@ class DeepSpeedEngine:
     def run(
         self, compute: Compute, step: int, parts: Sequence[Part], lr: float, limit: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return compute(step, parts), self.step(lr, limit)
+        if not self._around:
+            return compute(step, parts), self.step(lr, limit)
+        if self._graphed is None:
+            self._graphed = GraphedStep(
+                lambda step, parts: self._gradients(compute, step, parts),
+                self.device,
+                undo=self._forget,
+                careful=self._train.cuda_graph == "auto",
+                watch=self._watch,
+            )
+        values, *gradients = self._graphed(step, parts)
+        for p, gradient in zip(self._graded, gradients, strict=True):  # of a replay: in the recording's memory
+            p.grad = gradient
+        norm = self.step(lr, limit)
+        if self._graphed.refused:
+            self._graphed, self._around = None, False
+        return values, norm
+
+    def _gradients(self, compute: Compute, step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+        """The step's terms, and the gradients of this rank's part of the batch."""
+        self._forget()
+        values = compute(step, parts)
+        found = [(p, p.grad) for p in self._trained if p.grad is not None]
+        self._graded = [p for p, _ in found]
+        return values, *(gradient for _, gradient in found)
+
+    def _forget(self) -> None:
+        for p in self._trained:
+            p.grad = None
+
+    @property
+    def recorded(self) -> bool:
+        """Whether forward and backward are replayed from a CUDA graph."""
+        return self._graphed is not None and self._graphed.replays
 
     @torch.no_grad()
     def _update(self, *arguments: Any, **options: Any) -> Any:
@@ -393,8 +443,9 @@ def check_deepspeed(config: Config, world: int) -> None:
     deepspeed_json(config, world)
     if train.optimizer == "apex":
         raise UserError("train.optimizer", "apex", "keeps no step count of its own: use auto, fused or torch here")
-    if train.cuda_graph == "on":
-        raise UserError("train.cuda_graph", "on", "records steps of the plain engine only: use off or auto")
+    if train.cuda_graph == "on" and (train.zero != 1 or reduction_fields(config)):
+        remedy = "use off or auto, or train.zero=1 without a JSON that says how to reduce gradients"
+        raise UserError("train.cuda_graph", "on", f"records steps of several ranks under ZeRO 1 only: {remedy}")
     if train.compile != "off" and train.zero == 3:
         # its hooks on every layer are traced too: slower than without, and recompiled for each
         raise UserError("train.compile", train.compile, "does not go with train.zero=3: set it to off, or zero to 2")

@@ -76,14 +76,14 @@ class Shards:
         self._waiting: list[nn.Parameter] = []  # ZeRO 2: with a gradient that is not reduced yet
         self._reduced: set[nn.Parameter] = set()  # ZeRO 2: since the last update
         if stage == 1:
-            sharded.reduce_gradients = self._reduce_all
+            sharded.reduce_gradients = self.reduce
         else:
             sharded.process_gradients = self._collect
             sharded.overlapping_partition_gradients_reduce_epilogue = self._reduce_waiting
         sharded.step = self._step
 
     @torch.no_grad()
-    def _reduce_all(self, pipeline_parallel: bool = False) -> None:
+    def reduce(self, pipeline_parallel: bool = False) -> None:
         """ZeRO 1: sum all gradients of a step."""
         for group, params in enumerate(self._sharded.bit16_groups):
             flat = self._flat(group)

@@ -35,6 +35,10 @@ class Engine(Protocol):
     world: int
     is_main: bool  # whether this rank writes the run's files and prints
 
+    @property
+    def recorded(self) -> bool:
+        """Whether forward and backward are replayed from a CUDA graph by now."""
+
     def positions(self) -> list[Tensor]:
         """This rank's positions in the global batch, int64 on the CPU: one tensor for each part of the accumulation."""
 
@@ -196,7 +200,7 @@ class PlainEngine:
     @property
     def recorded(self) -> bool:
         """Whether steps are replayed from a CUDA graph."""
-        return self._graphed is not None and self._graphed.recorded
+        return self._graphed is not None and self._graphed.replays
 
     def mean(self, values: Tensor) -> Tensor:
         return values

@@ -143,7 +143,7 @@ class GraphedStep:
         self._stream: torch.cuda.Stream | None = None
 
     @property
-    def recorded(self) -> bool:
+    def replays(self) -> bool:
         """Whether calls are replayed."""
         return self._replay is not None
 
@@ -283,7 +283,7 @@ class GraphedForward:
         self._tried = False
 
     @property
-    def recorded(self) -> bool:
+    def replays(self) -> bool:
         """Whether one shape's calls are replayed."""
         return self._replay is not None
 

@@ -2,7 +2,7 @@
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
 "bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "warnings", "kinds", "shards",
-"backends"}, {"error", "code"}, {"code"} or {"other": code}, a file for each rank.
+"backends", "recorded": how often, "replays"}, {"error", "code"}, {"code"} or {"other": code}, a file for each rank.
 """
 
 import errno
@@ -42,6 +42,7 @@ def load(path):
 
 
 tiny_run = load(Path(__file__).with_name("conftest.py"))
+graph_kit = load(Path(__file__).with_name("graph_kit.py"))
 quack_kit = load(Path(__file__).parents[1] / "kernels" / "quack_kit.py")
 sys.modules["torch.utils.tensorboard"] = None  # type: ignore[assignment] - seconds to import
 
@@ -79,6 +80,20 @@ def ranks_that_measure_differently(possible):
         yield
 
 
+@contextmanager
+def recorded_steps(full):
+    """Steps of DeepSpeed's engine from fixed memory; ``full``: for which there is no room on rank 1."""
+    pretend = graph_kit.Replayed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretend, "recorded", 0)
+        patch.setattr(deepspeed_engine, "GraphedStep", pretend)
+        patch.setattr(deepspeed_engine, "wants_graph", lambda *_: True)
+        if full and session().rank == 1:
+            patch.setattr(pretend, "room", False)
+        yield
+        _layout["recorded"] = pretend.recorded
+
+
 _bucket = deepspeed_shards.BUCKET
 _stream_tensors = deepspeed_engine.stream_tensors
 
@@ -98,6 +113,7 @@ _layout = {}  # of the last engine: its parameters' dtypes, the bytes of its sha
 
 
 def note_layout(engine):
+    _layout["engine"] = engine
     flats = getattr(engine._sharded, "bit16_groups_flat", [])
     _layout["kinds"] = sorted({str(p.dtype) for p in engine.model.parameters()})
     _layout["shards"] = [flat.numel() * flat.element_size() // engine.world for flat in flats]
@@ -134,11 +150,14 @@ def run(job):
         data = tiny_run.Disturbed(data, lambda part: os.kill(os.getpid(), signal.SIGTERM) if part == third else None)
     deepspeed_engine.stream_tensors = full_disk if job.get("event") == "full disk" else _stream_tensors
     deepspeed_shards.BUCKET = job.get("bucket", _bucket)
+    _layout.pop("engine", None)
     gc.collect()  # an engine of a job before waits as it goes
     waits = count_waits() if job["config"]["train"].get("device", "cpu") == "cpu" else []
     began = time.perf_counter()
     differently = job.get("event") in ("differently", "impossibly")
     measured = ranks_that_measure_differently(job["event"] == "differently") if differently else nullcontext()
+    if job.get("event") in ("recorded", "full memory"):
+        measured = recorded_steps(job["event"] == "full memory")
     try:
         with measured:
             done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)
@@ -151,6 +170,7 @@ def run(job):
     seconds = time.perf_counter() - began
     told = {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
     told["warnings"] = list(warned.lines)
+    told["replays"] = _layout.pop("engine").recorded if "engine" in _layout else False
     return told | _layout
 
 

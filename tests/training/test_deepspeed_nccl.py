@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastasync.optim import library
-from tests.training.deepspeed_kit import curve, launch, tensors, train_fields
+from tests.training.deepspeed_kit import assert_same, curve, launch, tensors, train_fields
 
 pytest.importorskip("deepspeed")
 pytestmark = [
@@ -46,6 +46,9 @@ def runs(tmp_path_factory):
         parts = dict(accumulate=2, clip=1.0, zero=zero, steps=steps)
         jobs.append(job(f"parts-{steps}", "parts", precision="fp32", **parts))
     jobs.append(job("measured", model={}, precision="bf16", zero=2))
+    for graph in ("off", "on"):
+        fields = dict(precision="bf16", zero=1, accumulate=2, clip=1.0, cuda_graph=graph)
+        jobs.append(job(f"graph-{graph}", model=FIXED | dict(kernels="auto"), **fields))
     # DeepSpeed's own reduction; 3 last, as it leaves its own F.linear in the process
     whole = dict(zero_optimization=dict(stage3_param_persistence_threshold=0))  # else it keeps so small weights whole
     (folder / "sharded.json").write_text(json.dumps(whole))
@@ -116,6 +119,16 @@ def test_zero_1_and_2_are_the_same_numbers(runs, precision):
     one, two = (tensors(folder / f"zero{zero}-{precision}", STEPS) for zero in (1, 2))
     for file, values in one.items():
         assert all(torch.equal(two[file][key], value) for key, value in values.items()), file
+
+
+@pytest.mark.skipif(not library.load(DEVICE), reason="the CUDA library is not built")
+def test_recorded_steps_of_two_ranks_are_the_same_numbers(runs):
+    """A bias's sum but for its order: DeepSpeed's engine scales the output's gradient of a divided batch."""
+    folder, results = runs
+    assert [result.get("error") for result in results["graph-on"]] == [None, None]
+    assert [result["replays"] for result in results["graph-on"]] == [True, True]
+    assert [result["replays"] for result in results["graph-off"]] == [False, False]
+    assert_same(folder / "graph-on", folder / "graph-off", rtol=1e-5, atol=1e-7)
 
 
 def test_ranks_run_the_same_backends(runs):

@@ -26,30 +26,7 @@ from fastasync.training.graph import (
     wants_forward_graph,
     wants_graph,
 )
-
-
-class Pretend(GraphedStep):
-    """A recording that runs its function again, on the fixed memory, where a CUDA graph would replay it."""
-
-    recorded = 0
-    memory = Memory(100, 125)
-    forgotten = 0  # the call before which the peak was
-
-    def _forget_peak(self):
-        self.forgotten = self._calls
-
-    def _wait(self):
-        pass
-
-    def _memory(self):
-        return self.memory
-
-    def _aside(self, run):
-        return run()
-
-    def _record(self, run):
-        type(self).recorded += 1
-        return run
+from tests.training.graph_kit import Pretend
 
 
 @pytest.mark.parametrize(
