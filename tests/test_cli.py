@@ -199,6 +199,8 @@ def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys)
     for begun in (preset("digits"), five):  # another preset, another value of the user's
         assert keep_begun(preset("imagenet256-b"), begun) == preset("imagenet256-b")
     assert differences(keep_begun(preset("imagenet256-xl"), existing_config(out)), existing_config(out)) == []
+    begun = apply_settings(preset("digits"), ["probe.sampling_steps=10"])  # the default until it followed sample.steps
+    assert keep_begun(preset("digits"), begun) == begun
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path, capsys):
