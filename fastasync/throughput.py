@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastasync.config import Config
-from fastasync.training.graph import LAUNCH_BOUND, launch_bound
+from fastasync.training.graph import LAUNCH_BOUND, MAYBE_BOUND, launch_bound
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
 COMMAND = "make bench SUBJECT=step"
@@ -76,11 +76,16 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     train = config.train
     batch = train.batch / (gpus * train.accumulate)
     by = "pytorch" if config.model.kernels == "reference" else "ours"
-    wanted = f"{by} {_COMPILED[train.compile]}"
-    if by == "ours" and launch_bound(train.cuda_graph, flops * train.batch, LAUNCH_BOUND):
-        wanted = f"ours {_RECORDED[train.compile]}"
+    wanted = [f"{by} {_COMPILED[train.compile]}"]
+    looks = ["ours auto"] if train.compile == "regional" else []
+    # of several ranks `auto` records nothing
+    records = by == "ours" and (gpus == 1 or train.cuda_graph == "on")
+    if records and launch_bound(train.cuda_graph, flops * train.batch, LAUNCH_BOUND):
+        wanted = [f"ours {_RECORDED[train.compile]}", *looks]
+    elif records and launch_bound(train.cuda_graph, flops * train.batch, MAYBE_BOUND):
+        wanted = looks or wanted
     if train.precision == "fp8":
-        wanted = "ours fp8" if train.cuda_graph == "off" else "ours fp8 graph"
+        wanted = ["ours fp8 graph", "ours fp8 auto"] if records and train.cuda_graph != "off" else ["ours fp8"]
 
     def tells(row: Measured) -> bool:
         """Another way to compile says something about this run, another implementation or precision does not."""
@@ -88,7 +93,7 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
 
     def distance(row: Measured) -> tuple[float, float, bool]:
         other_batch = abs(math.log(row.batch / batch)) if row.batch else math.inf
-        return round(abs(math.log(row.flops / flops)), 2), other_batch, row.variant != wanted
+        return round(abs(math.log(row.flops / flops)), 2), other_batch, row.variant not in wanted
 
     if train.precision == "fp32":
         return None

@@ -176,6 +176,22 @@ def test_recorded_steps_count_for_who_records(results, compiled, variant):
     assert choose_step(apply_settings(config, ("train.cuda_graph=auto",)), XL, rows).variant == plain
 
 
+def test_steps_that_auto_looks_at(results):
+    """Of one rank it records those that launches bind; of several none."""
+    names = ("ours auto", "ours fp8 auto", "ours regional", "ours fp8")
+    shape = "batch 64, 48x16x16"
+    found = measured_steps(
+        results(*({"variant": name, "shape": shape, "date": f"2026-11-2{i} 01:00:00"} for i, name in enumerate(names)))
+    )
+    for precision, recorded, plain in (("bf16", "ours auto", "ours regional"), ("fp8", "ours fp8 auto", "ours fp8")):
+        one = apply_settings(preset("imagenet256-xl"), (f"train.precision={precision}", "train.batch=64"))
+        assert choose_step(one, XL, found).variant == recorded
+        assert choose_step(apply_settings(one, ("train.cuda_graph=off",)), XL, found).variant == plain
+        four = apply_settings(one, ("train.batch=256",))
+        assert choose_step(four, XL, found, gpus=4).variant == plain
+        assert choose_step(apply_settings(four, ("train.cuda_graph=on",)), XL, found, gpus=4).variant == recorded
+
+
 def test_what_is_not_measured_is_unknown(tmp_path, results):
     """Installed without the repository, too: there is no such folder."""
     for row, settings, says in (

@@ -331,6 +331,7 @@ def write_reports(ledger: Ledger, numbers: Sequence[int], command: str) -> Path:
     folder, study = ledger.out, ledger.study
     hardware = sorted({row["hardware"] for row in ledger.runs.rows.values() if row["hardware"]})
     failed = [" ".join(key) for key, row in ledger.runs.rows.items() if row["status"] == FAILED]
+    failed += [f"probe {key[0]}, seed {key[1]}" for key, row in ledger.ranks.rows.items() if row["status"] == FAILED]
     common = study.common()
     text = [
         f"# Results of the study on {study.preset}",

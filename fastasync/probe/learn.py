@@ -167,8 +167,7 @@ def search_method(config: Config) -> str:
 def search_steps(config: Config) -> int:
     """Steps of C's sampler: ``probe.sampling_steps``, or where it is 0 the most that the run samples with, at most 10.
 
-    A schedule that is chosen for few steps is better with few; for more than 10 none was found that is better than the
-    one for 10 (README, Science).
+    What is chosen for more steps than 10 was not found to be better than what is chosen for 10 (README, Science).
     """
     return config.probe.sampling_steps or min(10, max(config.sample.steps))
 
