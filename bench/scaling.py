@@ -171,7 +171,8 @@ class Scaling:
             summary = Summary(slowest, float(medians.min()), slowest, len(times))
             case = f"{self.size} on {self.here.world}"
             shape, precision = f"batch {leg.batch} a GPU", work.config.train.precision
-            self.bench.add("scaling", case, "plain at once", shape, precision, summary, images=images, note=note)
+            variant = "plain at once" + " recorded" * work.engine.recorded
+            self.bench.add("scaling", case, variant, shape, precision, summary, images=images, note=note)
 
     def profile(self, leg: Leg, work: Work) -> None:
         """Print where rank 0's device time goes."""
@@ -251,6 +252,8 @@ def measure(arguments: argparse.Namespace) -> int:
     wanted = [leg for leg in legs(here.world, arguments.batch) if not arguments.only or leg.variant in arguments.only]
     if scaling.graph == "on":  # the others' steps are not recorded
         wanted = [leg for leg in wanted if leg.zero in (None, 1) and not leg.settings]
+    if not wanted and here.is_main:
+        bench.skip("scaling", "nothing of what --only names is timed so")
     scaling.run(wanted, arguments.rounds, arguments.profile)
     if here.world > 1 and scaling.time_left(5):
         scaling.all_reduce(675_000_000 if cuda else 1000)

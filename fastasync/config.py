@@ -152,7 +152,7 @@ class Probe:
     energy: float = _number(0.2, 0.0)  # C: of kinetic energy beside the log of the distance; 0: the distance alone
     beta: tuple[float, ...] = (0.01, 0.03, 0.1)  # weights of the kinetic energy; the middle one decides for A and B
     loss_weights: tuple[float, ...] = ()  # (): 1 for what lags or is free, 0 for what leads
-    sampling_steps: int = _number(0, 0)  # of the integrator that C scores with; 0: sample.steps' largest, at most 10
+    sampling_steps: int = _number(10, 1)  # of the integrator that C scores with
     seed: int = _number(1, 0, 2**63 - 1)
 
 
@@ -266,7 +266,7 @@ FREE_FIELDS = (
 
 
 # Fields that presets set only since some of their runs were begun, and what they were before (see keep_begun).
-_BEFORE = {("train", "max_norm_ratio"): 0.0, ("probe", "sampling_steps"): 10}
+_BEFORE = {("train", "max_norm_ratio"): 0.0}
 
 
 def keep_begun(config: Config, begun: Config) -> Config:

@@ -199,8 +199,6 @@ def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys)
     for begun in (preset("digits"), five):  # another preset, another value of the user's
         assert keep_begun(preset("imagenet256-b"), begun) == preset("imagenet256-b")
     assert differences(keep_begun(preset("imagenet256-xl"), existing_config(out)), existing_config(out)) == []
-    begun = apply_settings(preset("digits"), ["probe.sampling_steps=10"])  # the default until it followed sample.steps
-    assert keep_begun(preset("digits"), begun) == begun
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path, capsys):
@@ -257,6 +255,7 @@ def test_bad_input_before_any_work(tmp_path, capsys):
         (arguments(out, "train.precision=fp8"), "train.precision", "needs a GPU"),
         (arguments(out, "sample.precision=fp8"), "sample.precision", "needs a GPU"),
         (arguments(out, "sample.cuda_graph=on"), "sample.cuda_graph", "needs a CUDA device"),
+        (arguments(out, "train.cuda_graph=on", "train.device=cpu"), "train.cuda_graph", "needs a CUDA device"),
         (arguments(out, "train.optimizer=apex"), "train.optimizer", "NVIDIA apex"),
         (arguments(out, "model.attention=fa3"), "model.attention", "needs a CUDA device"),
         (arguments(out, "sample.count=1"), "sample.count", "at least 2"),

@@ -28,7 +28,7 @@ from fastasync.files import load_tensors, write_json
 from fastasync.inputs import Inputs, Reference, open_inputs
 from fastasync.probe import LossSurface, ProbeResult, learn_schedule, line_loss, probe_plan
 from fastasync.probe.generation import gaussian_statistics
-from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights, search_method, search_steps
+from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights, search_method
 from fastasync.probe.network import autocast, build_probe
 from fastasync.run import Run
 from fastasync.schedule import Schedule, kinetic_energy, load_schedule, named_schedule, save_schedule
@@ -155,7 +155,7 @@ class Workshop:
         schedules = {name: named_schedule(name, reps.names, reps.roles) for name in names} | {"C": result.schedule}
         middle = next(row for row in result.sweep if row["beta"] == beta)
         sample, rows = config.sample, []
-        way = Way(search_method(config), search_steps(config), sample.grid_power, sample.last_step)
+        way = Way(search_method(config), config.probe.sampling_steps, sample.grid_power, sample.last_step)
 
         def velocity(x: Tensor, tau: Tensor, y: Tensor) -> Tensor:
             with autocast(self.device):

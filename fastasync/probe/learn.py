@@ -164,16 +164,8 @@ def search_method(config: Config) -> str:
     return config.sample.integrator if evaluations(config.sample.integrator, 1) else "heun"
 
 
-def search_steps(config: Config) -> int:
-    """Steps of C's sampler: ``probe.sampling_steps``, or where it is 0 the most that the run samples with, at most 10.
-
-    What is chosen for more steps than 10 was not found to be better than what is chosen for 10 (README, Science).
-    """
-    return config.probe.sampling_steps or min(10, max(config.sample.steps))
-
-
 def _sample_flops(config: Config, forward: float) -> float:
-    return forward * (evaluations(search_method(config), search_steps(config)) or 0)
+    return forward * (evaluations(search_method(config), config.probe.sampling_steps) or 0)
 
 
 def _plan(config: Config, forward: float, planned_flops: float, selection: Selection) -> Plan:
@@ -364,7 +356,7 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
             "noise": found.noise,
             "label": found.label,
             "method": method,
-            "steps_of_sampler": search_steps(job.config),
+            "steps_of_sampler": probe.sampling_steps,
         }
     diagnostics["chosen"] = describe(schedule, surface, job.density, job.lam, job.beta)
     if oracle and len(reps.names) in _ORACLE_CELLS:
@@ -437,7 +429,7 @@ def _generate(job: _Job, schedule: Schedule, indices: Tensor, method: str) -> Te
     config, reps = job.config, job.config.representations
     ops = fastasync_kernels.select(config.model.kernels, job.device)
     sample, parts = config.sample, []
-    grid = time_grid(schedule, search_steps(config), sample.grid_power, sample.last_step)
+    grid = time_grid(schedule, config.probe.sampling_steps, sample.grid_power, sample.last_step)
     for part in indices.split(sample.batch):
         labels = sample_labels(part, range(config.model.classes), "balanced", config.probe.seed)
         noise = initial_noise(part.to(job.device), (sum(reps.channels), reps.grid, reps.grid), config.probe.seed)

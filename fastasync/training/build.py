@@ -24,6 +24,7 @@ from fastasync.model.linears import BlockLinear, Linear
 from fastasync.model.recompute import RECOMPUTE
 from fastasync.objective import Objective
 from fastasync.optim import build_optimizer, library
+from fastasync.training.graph import check_recording
 
 _log = logging.getLogger(__name__)
 USABLE = 0.9  # share of the free memory that an estimate may fill
@@ -198,6 +199,7 @@ def check_training(config: Config, device: torch.device) -> None:
     train, model, representations = config.train, config.model, config.representations
     if train.precision == "fp8":
         check_fp8(device)
+    check_recording(train.cuda_graph, device, train.optimizer)
     if train.optimizer == "apex":
         build_optimizer([torch.zeros(1, device=device)], train.optimizer)
     _, width, heads = SIZES.get(model.size, (model.depth, model.width, model.heads))

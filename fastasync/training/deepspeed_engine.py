@@ -14,7 +14,8 @@ In stages 0 to 2 our update clips: it needs no pass over the gradients of its ow
 
 In stage 1 with our reduction, forward and backward may be replayed from a CUDA graph (``train.cuda_graph=on``):
 launches bind steps of few images a rank.  A recording holds no collective, so a rank without room for it goes on
-without.  Such a step goes around DeepSpeed's engine, whose timers and counters do not see it.
+without.  Such a step goes around DeepSpeed's engine, whose timers and counters do not see it, and keeps the memory
+that gradients are reduced in, 4 + 4 / N bytes a parameter, beside the recording's.
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
@@ -153,6 +154,8 @@ class DeepSpeedEngine:
         # whether steps go around DeepSpeed's engine, which cannot be recorded
         self._around = possible and wants_graph(choice, device, self.optimizer, flops, train.precision)
         self._watch = to_be_watched(choice, flops, train.precision)
+        if self._around:
+            self._shards.keep()  # a recording may leave no more than it needs itself
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -160,7 +163,9 @@ class DeepSpeedEngine:
         return split_positions(self._train.batch, self.world, self.rank, self._train.accumulate)
 
     def forward(self, x: Tensor, tau: Tensor, y: Tensor, **options: Any) -> Any:
-        return (self._wrapped if self._around else self._engine)(x, tau, y, **options)
+        if self._around:
+            return self._wrapped.forward(x, tau, y, **options)  # not called: DeepSpeed hooks into that
+        return self._engine(x, tau, y, **options)
 
     def backward(self, loss: Tensor) -> None:
         if self._around:
@@ -201,6 +206,7 @@ class DeepSpeedEngine:
         norm = self.step(lr, limit)
         if self._graphed.refused:
             self._graphed, self._around = None, False
+            self._shards.keep(False)
         return values, norm
 
     def _gradients(self, compute: Compute, step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

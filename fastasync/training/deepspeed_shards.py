@@ -73,6 +73,7 @@ class Shards:
                 self._places[p] = _Place(group, start)
                 start += p.numel()
         self._shards: list[Tensor | None] = [None] * len(sharded.bit16_groups)
+        self._kept: list[tuple[Tensor, Tensor]] = []  # ZeRO 1: what all gradients and a shard's sums fill
         self._waiting: list[nn.Parameter] = []  # ZeRO 2: with a gradient that is not reduced yet
         self._reduced: set[nn.Parameter] = set()  # ZeRO 2: since the last update
         if stage == 1:
@@ -82,21 +83,26 @@ class Shards:
             sharded.overlapping_partition_gradients_reduce_epilogue = self._reduce_waiting
         sharded.step = self._step
 
+    def keep(self, kept: bool = True) -> None:
+        """ZeRO 1: take the memory of a reduction now, for good, or give it back."""
+        self._kept = [self._room(group) for group in range(len(self._shards))] if kept else []
+
+    def _room(self, group: int) -> tuple[Tensor, Tensor]:
+        whole = torch.empty_like(self._flat(group), dtype=torch.float32)
+        return whole, whole if self._world == 1 else whole.new_empty(whole.numel() // self._world)
+
     @torch.no_grad()
     def reduce(self, pipeline_parallel: bool = False) -> None:
         """ZeRO 1: sum all gradients of a step."""
         for group, params in enumerate(self._sharded.bit16_groups):
-            flat = self._flat(group)
-            whole = torch.empty_like(flat, dtype=torch.float32)
+            whole, shard = self._kept[group] if self._kept else self._room(group)
             used = sum(p.numel() for p in params)
             _fill(whole[:used].split([p.numel() for p in params]), [p.grad for p in params])
             whole[used:].zero_()
             for p in params:
                 p.grad = None
-            if self._world == 1:
-                self._shards[group] = whole
-            else:
-                shard = self._shards[group] = whole.new_empty(flat.numel() // self._world)
+            self._shards[group] = shard
+            if self._world > 1:
                 distributed.reduce_scatter_tensor(shard, whole)
 
     def _collect(self, p: nn.Parameter, group: int) -> None:

@@ -25,13 +25,14 @@ from fastasync_kernels._timing import out_of_memory
 from torch import Tensor
 
 from fastasync.errors import UserError
-from fastasync.optim import EmaInterface, FusedAdamW
+from fastasync.optim import EmaInterface, FusedAdamW, library
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
 LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
 MAYBE_BOUND = 1e14  # FLOPs below which `auto` looks at a step: XL's at batch 64 is 4.6e13, at 256 1.9e14
 HIDDEN = 0.1  # of a step is left to the device when all is launched: less than that, and launches bind it
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
+_NEEDS = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -63,9 +64,16 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     """
     possible = device.type == "cuda" and isinstance(optimizer, FusedAdamW) and optimizer.backend == "cuda"
     if choice == "on" and not possible:
-        remedy = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
-        raise UserError("train.cuda_graph", choice, remedy)
+        raise UserError("train.cuda_graph", choice, _NEEDS)
     return possible and (launch_bound(choice, step_flops, MAYBE_BOUND) or (choice == "auto" and precision == "fp8"))
+
+
+def check_recording(choice: str, device: torch.device, optimizer: str) -> None:
+    """Raises UserError, before there is anything to record, for what ``wants_graph`` will refuse."""
+    if choice != "on":
+        return
+    if device.type != "cuda" or optimizer not in ("auto", "fused") or library.load("cuda") is None:
+        raise UserError("train.cuda_graph", choice, _NEEDS)
 
 
 def to_be_watched(choice: str, step_flops: float, precision: str) -> bool:

@@ -265,9 +265,10 @@ def _misplaced() -> str:
         spec = importlib.util.find_spec("quack")
     except ValueError:  # made by hand, without a place
         return ""
-    if spec is None or spec.origin is None or {"site-packages", "dist-packages"} & set(Path(spec.origin).parts):
+    found = list(spec.submodule_search_locations or ()) if spec else []
+    if not found or {"site-packages", "dist-packages"} & set(Path(found[0]).parts):
         return ""
-    return f"it lies in {Path(spec.origin).parents[1]}, and works only from a folder called site-packages"
+    return f"it lies in {Path(found[0]).parent}, and works only from a folder called site-packages"
 
 
 def refusal(device: torch.device | str, dtype: torch.dtype, shape: Shape) -> str:

@@ -18,14 +18,7 @@ from fastasync.probe import network as network_module
 from fastasync.probe import resume as resume_module
 from fastasync.probe.budget import Budget, BudgetExceeded, plan_probe
 from fastasync.probe.generation import Scorer
-from fastasync.probe.learn import (
-    ProbeResult,
-    chosen_beta,
-    learn_schedule,
-    probe_loss_weights,
-    probe_plan,
-    search_steps,
-)
+from fastasync.probe.learn import ProbeResult, chosen_beta, learn_schedule, probe_loss_weights, probe_plan
 from fastasync.probe.network import build_probe
 from fastasync.schedule import ConvexSchedule, check_monotone
 from tests.probe.probe_cases import ROLES, THREE, THREE_NAMES, THREE_ROLES, WIDE, GaussianLatents, tiny_config
@@ -225,20 +218,6 @@ def test_bad_folders(tmp_path):
     network.write_bytes(network.read_bytes()[:-10])
     with pytest.raises(UserError, match="truncated or altered"):
         learned(config, out_dir=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("own", "steps", "used"), [(0, "25", 10), (0, "3", 3), (0, "3,25", 10), (7, "3", 7), (25, "9", 25)]
-)
-def test_c_samples_with_as_few_steps_as_the_run(own, steps, used):
-    settings = [f"sample.steps={steps}", f"probe.sampling_steps={own}"]
-    config = apply_settings(tiny_config(train_share=0.4), settings)
-    assert search_steps(config) == used
-    if used == 3:
-        result = learned(config)
-        assert result.diagnostics["steps_of_sampler"] == 3
-        forward = forward_flops(build_probe(config, "meta"))  # Heun: two passes a step
-        assert result.budget["flops"]["sampling"] == 6 * forward * sum(row["samples"] for row in result.candidates)
 
 
 def test_c_needs_a_scorer():
