@@ -43,7 +43,7 @@ from torch.torch_version import TorchVersion
 from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
 from fastasync.errors import UserError, not_installed, require
-from fastasync.model import LightningDiT, train_flops
+from fastasync.model import LightningDiT
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
@@ -57,7 +57,7 @@ from fastasync.training.engine import (
     compile_in_place,
     split_positions,
 )
-from fastasync.training.graph import GraphedStep, Part, to_be_watched, wants_graph
+from fastasync.training.graph import GraphedStep, Part, wants_graph
 
 T = TypeVar("T")
 OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
@@ -149,11 +149,8 @@ class DeepSpeedEngine:
         self._trained = trained
         self._graphed: GraphedStep | None = None
         self._graded: list[nn.Parameter] = []  # those that a step gives gradients
-        flops, choice = train_flops(self.model) * train.batch / self.world, train.cuda_graph
-        possible = self._reduces and self.stage == 1 and choice == "on"  # not by auto before it has run on GPUs
-        # whether steps go around DeepSpeed's engine, which cannot be recorded
-        self._around = possible and wants_graph(choice, device, self.optimizer, flops, train.precision)
-        self._watch = to_be_watched(choice, flops, train.precision)
+        # whether steps go around DeepSpeed's engine, which cannot be recorded; not by auto before it has run on GPUs
+        self._around = train.cuda_graph == "on" and wants_graph("on", device, self.optimizer, 0.0, train.precision)
         if self._around:
             self._shards.keep()  # a recording may leave no more than it needs itself
 
@@ -194,11 +191,7 @@ class DeepSpeedEngine:
             return compute(step, parts), self.step(lr, limit)
         if self._graphed is None:
             self._graphed = GraphedStep(
-                lambda step, parts: self._gradients(compute, step, parts),
-                self.device,
-                undo=self._forget,
-                careful=self._train.cuda_graph == "auto",
-                watch=self._watch,
+                lambda step, parts: self._gradients(compute, step, parts), self.device, undo=self._forget
             )
         values, *gradients = self._graphed(step, parts)
         for p, gradient in zip(self._graded, gradients, strict=True):  # of a replay: in the recording's memory
