@@ -77,11 +77,9 @@ def planned_flops(config: Config) -> int:
     return train_flops(model) * config.train.batch * config.train.steps
 
 
-def check_schedules(run: Run) -> tuple[str, ...]:
-    """The names of the run's schedule and its baselines.
-
-    Raises UserError unless each is one, or a file that the run keeps (schedule.json); where the file is still there,
-    it must not have changed.
+def check_schedules(run: Run) -> None:
+    """Raises UserError unless the run's schedule and each baseline's is one, or a file that the run keeps
+    (schedule.json); where the file is still there, it must not have changed.
     """
     reps = run.config.representations
     folders: dict[Path, str] = {}
@@ -98,7 +96,6 @@ def check_schedules(run: Run) -> tuple[str, ...]:
             if known.fingerprint != named.fingerprint:
                 what = f"holds another schedule than {each.schedule_file}, which this run trains along"
                 raise UserError("schedule.name", name, f"{what}: give a new --out, or bring the old file back")
-    return tuple(folders.values())
 
 
 def preflight(run: Run, stages: Sequence[str]) -> None:
@@ -108,7 +105,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
     """
     config = run.config
     choose_ops(config.model.kernels, choose_device(config.train.device))
-    schedules = check_schedules(run)
+    check_schedules(run)
     images, classes = config.data.dataset != "latents", config.model.classes
     selection = check_inputs(config) if images else Selection()
     if not images:
@@ -122,7 +119,7 @@ def preflight(run: Run, stages: Sequence[str]) -> None:
                 repa_features(config, latents)
     elif config.objective.repa_weight:
         raise UserError("objective.repa_weight", config.objective.repa_weight, "only a folder of latents has features")
-    if "learned" in schedules and "probe" in stages:
+    if "probe" in stages and to_be_learned(run):
         probe_plan(config, planned_flops(config), selection)
     if config.sampling_precision == "fp8" and "sample" in stages:
         check_fp8(choose_device(config.train.device), "sample.precision")
@@ -166,11 +163,16 @@ def check_same_latents(run: Run) -> None:
         raise UserError("data.root", config.data.root, f"{what}: give their folder, or another --out")
 
 
+def to_be_learned(run: Run) -> list[Run]:
+    """The run and its baselines whose schedules a probe has still to learn."""
+    every = (run, *(run.baseline(name) for name in run.config.schedule.others))
+    return [each for each in every if each.config.schedule.name == "learned" and not each.schedule_file.exists()]
+
+
 def check_begun_probes(run: Run) -> None:
     """Raises UserError where an interrupted probe of the run or of a baseline was planned for other train.steps."""
-    for each in (run, *(run.baseline(name) for name in run.config.schedule.others)):
-        if each.config.schedule.name == "learned" and not each.schedule_file.exists():
-            check_begun(each.probe_folder, each.config.train.steps)
+    for each in to_be_learned(run):
+        check_begun(each.probe_folder, each.config.train.steps)
 
 
 def prepare_stage(run: Run, say: Say = print) -> Inputs:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from fastasync import stages
 from fastasync.cli import main
 from fastasync.config import apply_settings, differences, keep_begun
+from fastasync.errors import UserError
 from fastasync.model import LightningDiT
 from fastasync.presets import preset
 from fastasync.run import Run, existing_config
+from fastasync.schedule import named_schedule, save_schedule
 
 TINY = [
     "representations.encoder_steps=15", "representations.semvae_steps=10", "schedule.baselines=synchronous",
@@ -199,6 +202,16 @@ def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys)
     for begun in (preset("digits"), five):  # another preset, another value of the user's
         assert keep_begun(preset("imagenet256-b"), begun) == preset("imagenet256-b")
     assert differences(keep_begun(preset("imagenet256-xl"), existing_config(out)), existing_config(out)) == []
+
+
+def test_a_schedule_that_is_learned_asks_for_no_budget_any_more(tmp_path):
+    """What its probe would cost now (another sampler, fewer steps) is nobody's concern."""
+    run = Run(tmp_path / "run", apply_settings(preset("digits"), ["probe.budget=1e-6"])).create()
+    work = ("prepare", "probe", "train")
+    with pytest.raises(UserError, match=r"probe\.budget: 1e-06: "):
+        stages.preflight(run, work)
+    save_schedule(named_schedule("power:2", ("texture", "semantic"), ("lags", "leads")), run.schedule_file)
+    stages.preflight(run, work)
 
 
 def test_dry_run_prints_the_cost_and_writes_nothing(tmp_path, capsys):
