@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from fastasync.config import apply_settings, config_from_dict
+from fastasync.config import apply_settings, config_from_dict, keep_begun
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, save_tensors
 from fastasync.model import export_state, load_into, load_state
@@ -72,7 +72,10 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     The run is the folder's own, or a new one of ``--preset``, with the changes of ``--set``.
     Raises UserError when it is missing, has trained already or other settings, or is of another architecture.
     """
-    config = preset(args.preset) if args.preset else existing_config(args.out)
+    stored = existing_config(args.out)
+    config = preset(args.preset) if args.preset else stored
+    if args.preset and config is not None and stored is not None:
+        config = keep_begun(config, stored)
     if config is None:
         raise UserError("OUT", args.out, "holds no run: give --preset, or make it first with `fastasync prepare`")
     config = apply_settings(config, args.set)

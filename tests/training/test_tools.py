@@ -118,6 +118,19 @@ def test_a_new_run_of_published_weights_takes_settings(tmp_path, tiny):
             tools.convert_command(command(["convert", tmp_path / "run", tmp_path / "out.pt", *options]))
 
 
+def test_a_run_that_was_begun_takes_published_weights_by_its_preset_too(tmp_path):
+    """Though its preset sets a field since then that it does not have."""
+    small = ["model.size=custom", "model.depth=1", "model.width=16", "model.heads=2", "representations.grid=2"]
+    small += ["model.repa_width=0", "objective.repa_weight=0"]
+    begun = apply_settings(preset("imagenet256-b"), [*small, "train.max_norm_ratio=0"])
+    Run(tmp_path / "run", begun).create()
+    torch.save(tools.export_state(build_model(begun)), tmp_path / "theirs.pt")
+    settings = [part for setting in small for part in ("--set", setting)]
+    line = ["convert", tmp_path / "theirs.pt", tmp_path / "run", "--to", "ours", "--preset", "imagenet256-b"]
+    tools.convert_command(command([*line, *settings]))
+    assert existing_config(tmp_path / "run") == begun
+
+
 def test_what_cannot_be_converted(tmp_path, tiny, run):
     with pytest.raises(UserError, match="holds no run: give --preset"):
         tools.convert_command(command(["convert", tmp_path / "x.pt", tmp_path / "run", "--to", "ours"]))
