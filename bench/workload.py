@@ -20,51 +20,37 @@ from fastasync.training.loop import learning_rate
 from fastasync.training.step import step_function
 
 SIZES = ("XL", "L", "B", "S", "cifar10")
-PYTORCH = {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"optimizer": "torch"}}
+Sections = dict[str, dict[str, Any]]
+
+
+def _pytorch(**train: Any) -> Sections:
+    return {"model": {"kernels": "reference", "attention": "sdpa"}, "train": {"optimizer": "torch", **train}}
+
+
+def _ours(**train: Any) -> Sections:
+    model = {"kernels": "auto", "attention": "auto"}
+    return {"model": model, "train": {"optimizer": "auto", "cuda_graph": "off", "compile": "regional", **train}}
+
+
 # a variant is recorded as a CUDA graph if its name says so, and an "auto" one as train.cuda_graph=auto (in sampling
 # sample.cuda_graph=auto) decides
-OURS = {"model": {"kernels": "auto", "attention": "auto"}, "train": {"optimizer": "auto", "cuda_graph": "off"}}
-VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "pytorch eager": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "off"}},
-    "pytorch regional": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "regional"}},
-    "pytorch whole": {"model": PYTORCH["model"], "train": PYTORCH["train"] | {"compile": "model"}},
-    "ours eager": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off"}},
-    "ours regional": {"model": OURS["model"], "train": OURS["train"] | {"compile": "regional"}},
-    "ours regional plain MLP": {
-        "model": OURS["model"] | {"mlp": "plain"},
-        "train": OURS["train"] | {"compile": "regional"},
-    },
-    "ours whole": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model"}},
-    "ours fp8": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "precision": "fp8"},
-    },
-    "ours fp8 graph": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "precision": "fp8", "cuda_graph": "on"},
-    },
-    "ours regional graph": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "cuda_graph": "on"},
-    },
-    "ours auto": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "cuda_graph": "auto"},
-    },
-    "ours fp8 auto": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "precision": "fp8", "cuda_graph": "auto"},
-    },
-    "ours zero1": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "engine": "deepspeed", "zero": 1},
-    },
-    "ours zero2": {
-        "model": OURS["model"],
-        "train": OURS["train"] | {"compile": "regional", "engine": "deepspeed", "zero": 2},
-    },
-    "ours graph": {"model": OURS["model"], "train": OURS["train"] | {"compile": "model", "cuda_graph": "on"}},
-    "ours graph uncompiled": {"model": OURS["model"], "train": OURS["train"] | {"compile": "off", "cuda_graph": "on"}},
+VARIANTS: dict[str, Sections] = {
+    "pytorch eager": _pytorch(compile="off"),
+    "pytorch regional": _pytorch(compile="regional"),
+    "pytorch whole": _pytorch(compile="model"),
+    "ours eager": _ours(compile="off"),
+    "ours regional": _ours(),
+    "ours regional plain MLP": {**_ours(), "model": {**_ours()["model"], "mlp": "plain"}},
+    "ours whole": _ours(compile="model"),
+    "ours fp8": _ours(precision="fp8"),
+    "ours fp8 graph": _ours(precision="fp8", cuda_graph="on"),
+    "ours regional graph": _ours(cuda_graph="on"),
+    "ours auto": _ours(cuda_graph="auto"),
+    "ours fp8 auto": _ours(precision="fp8", cuda_graph="auto"),
+    "ours zero1": _ours(engine="deepspeed", zero=1),
+    "ours zero2": _ours(engine="deepspeed", zero=2),
+    "ours graph": _ours(compile="model", cuda_graph="on"),
+    "ours graph uncompiled": _ours(compile="off", cuda_graph="on"),
 }
 
 

@@ -201,23 +201,19 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from fastasync.config import apply_settings, keep_begun
-    from fastasync.presets import preset
-    from fastasync.run import Run, existing_config
+    from fastasync.config import apply_settings
+    from fastasync.run import Run, begin_config, existing_config
 
     out = arguments.out or Path("runs") / (arguments.preset or "digits")
     try:
         str(out).encode()
     except UnicodeEncodeError:
         raise UserError("--out", repr(str(out)), "is not UTF-8: choose another name") from None
-    stored = existing_config(out)
-    config = preset(arguments.preset) if arguments.preset else stored
+    config = begin_config(out, arguments.preset)
     if config is None:
         raise UserError(
             "--preset", "(not given)", f"{out} holds no run: give a preset (`fastasync presets` lists them)"
         )
-    if arguments.preset and stored is not None:
-        config = keep_begun(config, stored)
     config = apply_settings(config, _settings(arguments))
 
     from fastasync import stages

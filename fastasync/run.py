@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from fastasync.config import Config, differences, flatten, load_config
+from fastasync.config import Config, differences, flatten, keep_begun, load_config
 from fastasync.errors import UserError
 from fastasync.evaluation.protocol import library_versions
 from fastasync.files import atomic_path, write_json
+from fastasync.presets import preset
 
 
 class Run:
@@ -83,3 +84,14 @@ def existing_config(path: Path) -> Config | None:
     """The configuration stored in a run directory, or None when there is none."""
     stored = path / "config.yaml"
     return load_config(stored) if stored.is_file() else None
+
+
+def begin_config(path: Path, name: str | None) -> Config | None:
+    """What a command in ``path`` starts from: preset ``name``, as a run there was begun with it, or that run's own.
+
+    None without either.
+    """
+    stored = existing_config(path)
+    if not name:
+        return stored
+    return preset(name) if stored is None else keep_begun(preset(name), stored)

@@ -179,7 +179,9 @@ class DeepSpeedEngine:
         self._parts_done, self._limit = 0, limit
         if self._around:
             self._shards.reduce()
-        (self._sharded if self._around else self._engine).step()
+            self._sharded.step()
+        else:
+            self._engine.step()
         if not self._clips:
             self._norm = torch.as_tensor(self._sharded._global_grad_norm, dtype=torch.float32, device=self.device)
         return self._norm

@@ -10,12 +10,11 @@ from pathlib import Path
 import safetensors
 import torch
 
-from fastasync.config import apply_settings, config_from_dict, keep_begun
+from fastasync.config import apply_settings, config_from_dict
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, save_tensors
 from fastasync.model import export_state, load_into, load_state
-from fastasync.presets import preset
-from fastasync.run import Run, existing_config
+from fastasync.run import Run, begin_config
 from fastasync.training import checkpoint
 from fastasync.training.build import build_model
 from fastasync.training.start import START
@@ -72,10 +71,7 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     The run is the folder's own, or a new one of ``--preset``, with the changes of ``--set``.
     Raises UserError when it is missing, has trained already or other settings, or is of another architecture.
     """
-    stored = existing_config(args.out)
-    config = preset(args.preset) if args.preset else stored
-    if args.preset and config is not None and stored is not None:
-        config = keep_begun(config, stored)
+    config = begin_config(args.out, args.preset)
     if config is None:
         raise UserError("OUT", args.out, "holds no run: give --preset, or make it first with `fastasync prepare`")
     config = apply_settings(config, args.set)
