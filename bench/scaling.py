@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--seconds", type=float, default=200.0, help="nothing is begun that would end after this long")
     top.add_argument("--only", action="append", help="plain, zero 1, zero 2 or zero 1 strong; may be repeated")
     top.add_argument("--deepspeed-json", type=Path, help="settings of DeepSpeed to be tried")
-    top.add_argument("--cuda-graph", choices=("off", "on"), default="off", help="train.cuda_graph of all")
+    top.add_argument("--cuda-graph", choices=("off", "on", "auto"), default="off", help="train.cuda_graph of all")
     top.add_argument("--profile", action="store_true", help="print each one's device time by category, and its kernels")
     top.add_argument("--results", type=Path, default=RESULTS)
     top.add_argument("--record", action="store_true", help="on a CPU, too, write results/cpu.csv")

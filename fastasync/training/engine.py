@@ -154,12 +154,12 @@ class PlainEngine:
         if masters is not None:
             self.optimizer.init_state(masters)  # type: ignore[attr-defined]
         compile_in_place(self.model, train.compile)
-        step_flops = train_flops(self.model) * train.batch
+        part_flops = train_flops(self.model) * (train.batch // train.accumulate)
         self._graphed: GraphedStep | None = None
         self._lr: Tensor | None = None  # read by a recorded step
-        if wants_graph(train.cuda_graph, device, self.optimizer, step_flops, train.precision):
+        if wants_graph(train.cuda_graph, device, self.optimizer, part_flops, train.precision):
             self._lr = torch.zeros((), dtype=torch.float32, device=device)
-        self._watch = to_be_watched(train.cuda_graph, step_flops, train.precision)
+        self._watch = to_be_watched(train.cuda_graph, part_flops, train.precision)
 
     def positions(self) -> list[Tensor]:
         return split_positions(self._train.batch, self.world, self.rank, self._train.accumulate)

@@ -28,8 +28,9 @@ from fastasync.errors import UserError
 from fastasync.optim import EmaInterface, FusedAdamW, library
 
 WARM_UP = 3  # steps before the recording: compilation, autotuning, the optimizer's state
-LAUNCH_BOUND = 2e13  # FLOPs of a step below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
-MAYBE_BOUND = 1e14  # FLOPs below which `auto` looks at a step: XL's at batch 64 is 4.6e13, at 256 1.9e14
+# FLOPs of a step, or of one part of an accumulated one, which has as many launches:
+LAUNCH_BOUND = 2e13  # below which `auto` records it: S's is 40 % shorter so, B's (3.8e13) is not
+MAYBE_BOUND = 1e14  # below which `auto` looks at a step: XL's at batch 64 is 4.6e13, at 256 1.9e14
 HIDDEN = 0.1  # of a step is left to the device when all is launched: less than that, and launches bind it
 SPARE = 1.25  # free memory that `auto` wants, in units of what a step needs: other work remains, and fragments
 _NEEDS = "needs a CUDA device and the compiled AdamW (train.optimizer=fused, built with nvcc); use off or auto"
@@ -50,12 +51,12 @@ class Part(NamedTuple):
 StepFunction = Callable[[int | Tensor, Sequence[Part]], tuple[Tensor, ...]]
 
 
-def launch_bound(choice: str, step_flops: float, bound: float) -> bool:
+def launch_bound(choice: str, flops: float, bound: float) -> bool:
     """Whether ``train.cuda_graph`` = ``choice`` asks for a recording: ``on``, or ``auto`` below ``bound``."""
-    return choice == "on" or (choice == "auto" and step_flops < bound)
+    return choice == "on" or (choice == "auto" and flops < bound)
 
 
-def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step_flops: float, precision: str) -> bool:
+def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, part_flops: float, precision: str) -> bool:
     """Whether a run's steps may be recorded: ``choice`` is ``off``, ``on``, or ``auto`` (small steps, and fp8).
 
     Those of ``auto`` that are not certain to gain (``to_be_watched``) are looked at first.
@@ -65,7 +66,7 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, step
     possible = device.type == "cuda" and isinstance(optimizer, FusedAdamW) and optimizer.backend == "cuda"
     if choice == "on" and not possible:
         raise UserError("train.cuda_graph", choice, _NEEDS)
-    return possible and (launch_bound(choice, step_flops, MAYBE_BOUND) or (choice == "auto" and precision == "fp8"))
+    return possible and (launch_bound(choice, part_flops, MAYBE_BOUND) or (choice == "auto" and precision == "fp8"))
 
 
 def check_recording(choice: str, device: torch.device, optimizer: str) -> None:
@@ -76,9 +77,9 @@ def check_recording(choice: str, device: torch.device, optimizer: str) -> None:
         raise UserError("train.cuda_graph", choice, _NEEDS)
 
 
-def to_be_watched(choice: str, step_flops: float, precision: str) -> bool:
+def to_be_watched(choice: str, part_flops: float, precision: str) -> bool:
     """Whether a step has to show that launches bind it before it is recorded."""
-    return choice == "auto" and step_flops >= LAUNCH_BOUND and precision != "fp8"
+    return choice == "auto" and part_flops >= LAUNCH_BOUND and precision != "fp8"
 
 
 def watched(run: Callable[[], T], wait: Callable[[], None]) -> tuple[T, float]:
