@@ -305,7 +305,8 @@ def test_what_is_chosen(build, monkeypatch):
     shape = gated_mlp.Shape(80, 32, 88, 32)
     assert asked == [("plain", reference.swiglu, shape, True), ("quack", reference.swiglu, shape, False)]
     pytest.importorskip("triton")
-    kernels = build(2, grid=4, width=32, mlp_multiple=8, kernels="triton", mlp="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # in Triton's interpreter
+    kernels = build(2, grid=4, width=32, mlp_multiple=8, kernels="triton", mlp="auto").to(device)
     assert kernels.choose_mlp(5, HALF) == "quack"
     assert asked[-1][0] == "auto"
 

@@ -2,7 +2,8 @@
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
 "bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "warnings", "kinds", "shards",
-"backends", "recorded": how often, "replays"}, {"error", "code"}, {"code"} or {"other": code}, a file for each rank.
+"backends", "recorded": how often, "replays", "nodes"}, {"error", "code"}, {"code"} or {"other": code}, a file for each
+rank.
 """
 
 import errno
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastasync_kernels import gated_mlp, weight_gradient
+from torch.autograd.graph import get_gradient_edge
 
 from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
@@ -125,6 +127,15 @@ def note_layout(engine):
 deepspeed_engine.DeepSpeedEngine._make_state = note_layout
 
 
+def nodes_kept(model):
+    """How many parameters' nodes of autograd something keeps alive."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        get_gradient_edge(p).node.metadata["seen"] = True
+    gc.collect()
+    return sum("seen" in get_gradient_edge(p).node.metadata for p in trained)
+
+
 class Warnings(logging.Handler):
     """What the package has warned of."""
 
@@ -170,7 +181,9 @@ def run(job):
     seconds = time.perf_counter() - began
     told = {"resumed_from": done.resumed_from, "messages": done.messages, "seconds": seconds, "waits": len(waits)}
     told["warnings"] = list(warned.lines)
-    told["replays"] = _layout.pop("engine").recorded if "engine" in _layout else False
+    if "engine" in _layout:
+        engine = _layout.pop("engine")
+        told["replays"], told["nodes"] = engine.recorded, nodes_kept(engine.model)
     return told | _layout
 
 
