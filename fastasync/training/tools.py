@@ -9,8 +9,9 @@ from pathlib import Path
 
 import safetensors
 import torch
+from torch import Tensor
 
-from fastasync.config import apply_settings, config_from_dict
+from fastasync.config import Config, apply_settings, config_from_dict
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, save_tensors
 from fastasync.model import export_state, load_into, load_state
@@ -24,8 +25,9 @@ TARGETS = ("published", "ours")
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add ``convert`` and ``verify``; their namespaces have ``handler`` = the functions below."""
-    convert = commands.add_parser("convert", help="a checkpoint to the published layout, or a published one into a run")
-    convert.add_argument("checkpoint", type=Path, help="of ours (or a run), or a published file with --to ours")
+    convert = commands.add_parser("convert", help="a checkpoint to the published layout, or weights into a run")
+    text = "of ours (or a run); with --to ours a published file, or a probe's"
+    convert.add_argument("checkpoint", type=Path, help=text)
     convert.add_argument("out", type=Path, help="the file to write, or with --to ours the run directory")
     convert.add_argument("--to", choices=TARGETS, default="published")
     convert.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw weights")
@@ -66,7 +68,7 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
 
 
 def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
-    """Put a published file's weights into a run's folder, to start from; returns the file that training reads.
+    """Put the weights of a published file, or of a probe, into a run's folder; returns the file that training reads.
 
     The run is the folder's own, or a new one of ``--preset``, with the changes of ``--set``.
     Raises UserError when it is missing, has trained already or other settings, or is of another architecture.
@@ -80,10 +82,22 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
-    load_into(model, load_state(args.checkpoint, "ema" if ema else "model"), source=str(args.checkpoint))
+    state = completed(load_state(args.checkpoint, "ema" if ema else "model"), config)
+    load_into(model, state, source=str(args.checkpoint))
     Run(args.out, config).create()
     save_tensors(args.out / START, model.state_dict())
     return args.out / START
+
+
+def completed(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """``state``; a probe's weights without the errors beside them, and with the run's own new REPA projector."""
+    errors = {"errors.tau", "errors.errors"}
+    if not errors <= state.keys():
+        return state
+    torch.manual_seed(config.data.seed)
+    fresh = build_model(config).state_dict()
+    projector = {name: value for name, value in fresh.items() if name.startswith("repa_projector.")}
+    return projector | {name: value for name, value in state.items() if name not in errors}
 
 
 def verify_command(args: argparse.Namespace) -> int:

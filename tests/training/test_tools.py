@@ -12,6 +12,7 @@ from fastasync.errors import UserError
 from fastasync.files import sha256_file
 from fastasync.model import load_into
 from fastasync.presets import preset
+from fastasync.probe.network import build_probe, train_surface_probe
 from fastasync.run import Run, existing_config
 from fastasync.training import build_model, load_model, tools
 from fastasync.training.checkpoint import read_tensors, stream_tensors
@@ -91,6 +92,29 @@ def test_a_run_starts_from_published_weights(tmp_path, tiny, run):
         assert all(torch.equal(value, found[name]) for name, value in other.state_dict().items())
     with pytest.raises(UserError, match="this run has checkpoints"):
         tools.convert_command(command(["convert", tmp_path / "theirs.pt", tmp_path / "run", "--to", "ours"]))
+
+
+@pytest.mark.parametrize("repa", [0, 16])
+def test_a_run_starts_from_its_probes_weights(tmp_path, tiny, latents, repa):
+    """Of a probe as large as the network, which knows no REPA: its projector is new."""
+    config = tiny(probe=dict(depth=2, width=16, heads=2, batch=4, lr=0.01))
+    probe = build_probe(config, "cpu")
+    train_surface_probe(probe, config, latents(), 3, "cpu", progress=False)
+    errors = {"errors.tau": torch.rand(5, 2), "errors.errors": torch.rand(5, 2)}
+    save_file({**probe.state_dict(), **errors}, tmp_path / "network.safetensors")
+    given = tiny(model=dict(depth=2, repa_width=repa), objective=dict(repa_weight=0.5 if repa else 0.0))
+    Run(tmp_path / "run", given).create()
+    tools.convert_command(command(["convert", tmp_path / "network.safetensors", tmp_path / "run", "--to", "ours"]))
+    found = load_file(tmp_path / "run" / "start.safetensors")
+    torch.manual_seed(given.data.seed)
+    fresh = build_model(given).state_dict()
+    trained = probe.state_dict()
+    assert found.keys() == fresh.keys()
+    assert (found.keys() == trained.keys()) == (not repa)
+    assert all(torch.equal(value, trained.get(name, fresh[name])) for name, value in found.items())
+    Run(tmp_path / "wide", tiny(model=dict(width=32))).create()
+    with pytest.raises(UserError, match="another architecture"):
+        tools.convert_command(command(["convert", tmp_path / "network.safetensors", tmp_path / "wide", "--to", "ours"]))
 
 
 def test_a_new_run_of_published_weights_takes_settings(tmp_path, tiny):
