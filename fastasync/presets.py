@@ -59,7 +59,7 @@ PRESETS: dict[str, Preset] = {
     "cifar10-components": Preset(
         "the same with textures of 24 principal components, decoded with a denoiser",
         "cifar10",
-        {"representations": dict(channels=[24, 16], denoiser_steps=2000)},
+        {"representations": dict(channels=[24, 16], denoiser_steps=2000), "probe": dict(budget=0.025)},
     ),
     "imagenet256-xl": Preset("ImageNet 256 latents, LightningDiT-XL/1, 80 epochs", None, _IMAGENET),
     "imagenet256-s": Preset("the same with LightningDiT-S/1", "imagenet256-xl", {"model": dict(size="S")}),

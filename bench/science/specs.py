@@ -303,6 +303,7 @@ _CIFAR10 = STUDIES["cifar10"]
 STUDIES["cifar10-components"] = replace(
     _CIFAR10,
     preset="cifar10-components",
+    settings=(*_CIFAR10.settings, "probe.budget=0.1"),  # of its base probe; the preset's is the quarter's since
     fixed=("synchronous", *(f"offset:0.{tenths}" for tenths in (2, 3, 4, 6, 8)), *_POWERS[:4]),
     integrators=tuple(_integrators(intervals, (0.06, 0.12, 0.2)) for intervals in (9, 25)),
     third=("representations.names=texture,lowfreq,semantic", "representations.channels=24,3,16", _THIRD_ROLES),
