@@ -225,7 +225,7 @@ def _stage(arguments: argparse.Namespace) -> int:
             print(f"{name}: {_readable(value)}")
         return 0
     if getattr(arguments, "oracle", False) and config.schedule.name == "learned" and config.probe.estimator == "A":
-        raise UserError("--oracle", "probe.estimator=A", "fits no loss surface to find the optimum on: use B or C")
+        raise UserError("--oracle", "probe.estimator=A", "fits no loss surface to find the optimum on: use B, C or D")
     if getattr(arguments, "oracle", False) and config.schedule.name != "learned":
         raise UserError(
             "--oracle", f"schedule.name={config.schedule.name}", "belongs to a probe: use schedule.name=learned"

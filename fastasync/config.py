@@ -140,7 +140,7 @@ class Train:
 class Probe:
     """How the schedule is learned.  The FLOPs of everything here are counted against ``budget`` x the planned run."""
 
-    estimator: str = _choice("C", "A", "B", "C")
+    estimator: str = _choice("C", "A", "B", "C", "D")
     budget: float = _number(0.01, 0.0, 1.0)
     depth: int = _number(2, 1, 1000)
     width: int = _number(64, 8)
@@ -148,8 +148,9 @@ class Probe:
     batch: int = _number(128, 1)
     lr: float = _number(1e-3, 0.0, 10.0)
     train_share: float = _number(0.7, 0.0, 1.0)  # of the budget; the rest samples (C) or fits (B)
-    times: str = _choice("paths", "paths", "independent")  # C's probe: trained along its candidates, or anywhere
+    times: str = _choice("paths", "paths", "independent")  # C, D: trained along the candidates, or anywhere
     energy: float = _number(0.2, 0.0)  # C: of kinetic energy beside the log of the distance; 0: the distance alone
+    loss_energy: float = _number(0.4, 0.0)  # D: of kinetic energy beside the log of the loss; 0: the loss alone
     beta: tuple[float, ...] = (0.01, 0.03, 0.1)  # weights of the kinetic energy; the middle one decides for A and B
     loss_weights: tuple[float, ...] = ()  # (): 1 for what lags or is free, 0 for what leads
     sampling_steps: int = _number(10, 1)  # of the integrator that C scores with

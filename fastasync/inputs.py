@@ -88,7 +88,9 @@ def check_inputs(config: Config, latents: MappedLatents | None = None) -> Select
             asked = ", ".join(f"{name} ({width})" for name, width in zip(reps.names, reps.channels))
             raise UserError("representations.names and channels", asked, f"{where} has {present}, in this order")
         if "learned" in (config.schedule.name, *config.schedule.others) and config.probe.estimator == "C":
-            raise UserError("probe.estimator", "C", "a folder of latents has no encoder to select with: use A or B")
+            raise UserError(
+                "probe.estimator", "C", "a folder of latents has no encoder to select with: use D (or A, B)"
+            )
     else:
         images = load_images(config.data.dataset, config.data.root, "train")
         load_images(config.data.dataset, config.data.root, config.evaluate.split)

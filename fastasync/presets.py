@@ -48,7 +48,7 @@ _IMAGENET: dict[str, dict[str, Any]] = {
     ),
     # a folder of latents has no encoder whose features could select: B
     # of the FLOPs; in seconds up to 3.7 times that, as so small a network reaches fewer FLOP/s than XL (bench probe)
-    "probe": dict(estimator="B", depth=12, width=384, heads=6, batch=256, lr=3e-4, budget=0.0025),
+    "probe": dict(estimator="D", depth=12, width=384, heads=6, batch=256, lr=3e-4, budget=0.0025),
     "sample": dict(count=50000, batch=250, integrator="dopri5"),
     "evaluate": dict(features="inception", metrics=["fid"]),
 }

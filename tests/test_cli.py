@@ -275,7 +275,7 @@ def test_bad_input_before_any_work(tmp_path, capsys):
         (arguments(out, "evaluate.reference=a.npz"), "evaluate.reference", "data.dataset=latents"),
         (arguments(out, "sample.guidance=cfg", "model.label_dropout=0"), "sample.guidance", "label_dropout"),
         (arguments(out, "schedule.name=cascade", "schedule.baselines=learned", "probe.budget=1e-6"), "probe.budget"),
-        ([*arguments(out, "probe.estimator=A", stage="probe"), "--oracle"], "--oracle", "use B or C"),
+        ([*arguments(out, "probe.estimator=A", stage="probe"), "--oracle"], "--oracle", "use B, C or D"),
         (arguments(out, stage="sample"), "train first"),
         (arguments(out, stage="evaluate"), "train first"),
         (arguments(out, stage="report"), "--out", "no run to report on"),

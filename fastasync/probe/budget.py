@@ -102,7 +102,7 @@ def plan_probe(probe: Probe, forward_flops: float, planned_flops: float, least_r
             problem = f"leaves {rest / least_rest:.0%} of what it takes to {work}"
         remedy = "make the probe smaller (probe.depth, probe.width, probe.batch)"
         if probe.estimator == "C" and least_rest:
-            remedy += ", or set probe.estimator to B"
+            remedy += ", or set probe.estimator to D"
         if steps >= MIN_STEPS:
             remedy = f"lower probe.train_share, or {remedy}"
         if needed <= 1:

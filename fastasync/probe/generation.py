@@ -10,6 +10,9 @@ training rewards (bench/NOTES.md, 2026-11-26).
 What leads is the clock of every candidate: straight, so that only what lags is bent.  A path can be run through at any
 speed, and with a leader that runs ahead of its own clock the probe liked what trained networks did not reward.  B's
 schedules bend both, and are no candidates of C.
+
+Estimator D takes the same candidates and needs no samples: the least ``log L + loss_energy x KE``, L the corrected loss
+along the candidate on the probe's loss surface.  The log leaves L's scale out, which differs from data to data.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastasync.data import Latents
+from fastasync.densities import Density
 from fastasync.errors import UserError
 from fastasync.evaluation.frechet import GaussianStatistics, StatisticsAccumulator, frechet_distance, frechet_influence
 from fastasync.probe.budget import Budget
+from fastasync.probe.surface import Errors, line_loss
 from fastasync.schedule import (
     ConvexSchedule,
     OffsetSchedule,
@@ -217,6 +222,27 @@ def gentle_score(distance: float, kinetic: float, energy: float) -> float:
     return math.log(max(distance, _TINY)) + energy * kinetic
 
 
+@torch.no_grad()
+def rank_by_loss(
+    candidates: dict[str, Schedule], errors: Errors, density: Density, lam: Sequence[float], energy: float
+) -> list[dict[str, Any]]:
+    """D's table, the best first: of each candidate its loss on the surface ``errors``, KE and ``gentle_score``."""
+    rows = []
+    for name, schedule in candidates.items():
+        loss, kinetic = float(line_loss(errors, schedule, density, lam)), float(kinetic_energy(schedule))
+        rows.append(
+            {
+                "label": name,
+                "loss": loss,
+                "score": gentle_score(loss, kinetic, energy),
+                "lead": schedule.lead(),
+                "kinetic_energy": kinetic,
+                "schedule": schedule.to_json(),
+            }
+        )
+    return sorted(rows, key=lambda row: row["score"])
+
+
 @dataclass
 class _Candidate:
     label: str
@@ -294,7 +320,7 @@ def search(
             "probe.budget",
             None,
             f"leaves {affordable} samples to compare schedules with, {LEAST_SAMPLES} are needed: multiply it by "
-            f"{1.1 * LEAST_SAMPLES / max(affordable, 1):.2g}, lower probe.train_share, or set probe.estimator to B",
+            f"{1.1 * LEAST_SAMPLES / max(affordable, 1):.2g}, lower probe.train_share, or set probe.estimator to D",
         )
     if scorer.cost.reference:
         budget.spend("reference", scorer.cost.reference)

@@ -1,7 +1,7 @@
-"""One interface over the three estimators: latents in, a schedule and everything the report needs out.
+"""One interface over the four estimators: latents in, a schedule and everything the report needs out.
 
 A folder holds ``probe.json`` (schedule, tables, budget), ``surface.npz`` (the fitted loss surface) and the trained
-probe network (B, C), from which an interrupted run goes on; while it is trained, its state every few minutes.
+probe network (B, C, D), from which an interrupted run goes on; while it is trained, its state every few minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ from fastasync.files import atomic_path, digest_tensors, load_tensors, save_tens
 from fastasync.model import LightningDiT, forward_flops
 from fastasync.probe.budget import FIT_SHARE, JOINT_STEP, Budget, Plan, plan_probe
 from fastasync.probe.diagnostics import curl_report, describe
-from fastasync.probe.generation import FREE, LEAST_SAMPLES, Scorer, Selection, candidate_family, search
+from fastasync.probe.generation import (
+    FREE,
+    LEAST_SAMPLES,
+    Scorer,
+    Selection,
+    candidate_family,
+    rank_by_loss,
+    search,
+)
 from fastasync.probe.joint import learn_jointly
 from fastasync.probe.network import Errors, PathTimes, autocast, build_probe, surface_errors, train_surface_probe
 from fastasync.probe.oracle import best_path
@@ -53,10 +61,10 @@ class ProbeResult:
 
     Attributes:
         schedule: the learned schedule.
-        estimator: A, B or C.
+        estimator: A, B, C or D.
         diagnostics: ``chosen`` (J, KE, lead, ...), ``curl`` (one row per pair), ``jumped``; ``noise`` of C's scores;
             ``oracle`` on request.
-        candidates: C's table: label, samples, distance, history, lead, schedule.
+        candidates: C's and D's table: label, score, lead, KE, schedule; samples, distance, history (C) or loss (D).
         sweep: B's table, one row per beta (for A the starts at its one beta).
         budget: FLOPs and seconds by purpose.
         surface: arrays for plotting: ``tau`` [n] axis, ``errors`` [n, ..., n, K] (empty for A).
@@ -92,9 +100,9 @@ class ProbeResult:
                 f"{name}: J {row['objective']:.4f}, KE {row['kinetic_energy']:.3f}, lead {row['lead']:.3f}{jump}"
             )
         for row in self.candidates:
-            lines.append(
-                f"{row['label']}: score {row['score']:.4f}, distance {row['distance']:.4g} of {row['samples']} samples"
-            )
+            what = f"loss {row['loss']:.4f}, KE {row['kinetic_energy']:.3f}" if "loss" in row else ""
+            what = what or f"distance {row['distance']:.4g} of {row['samples']} samples"
+            lines.append(f"{row['label']}: score {row['score']:.4f}, {what}")
         if "noise" in self.diagnostics:
             lines.append(f"noise of a difference in distance: {self.diagnostics['noise']:.2g}")
         parts = ", ".join(f"{what} {flops / self.budget['limit_flops']:.1%}" for what, flops in spent.items())
@@ -169,8 +177,8 @@ def _sample_flops(config: Config, forward: float) -> float:
 
 
 def _plan(config: Config, forward: float, planned_flops: float, selection: Selection) -> Plan:
-    """``plan_probe``; B must keep enough errors to fit a surface to, C enough samples to compare schedules with."""
-    least = LEAST_ERRORS * len(config.representations.names) * forward if config.probe.estimator == "B" else 0.0
+    """``plan_probe``; B and D must keep errors enough to fit a surface to, C samples enough to compare schedules."""
+    least = LEAST_ERRORS * len(config.representations.names) * forward if config.probe.estimator in "BD" else 0.0
     if config.probe.estimator == "C":
         samples = LEAST_SAMPLES * (_sample_flops(config, forward) + selection.sample) + selection.reference
         least = max(samples + MIN_FIT * forward, samples / (1 - FIT_SHARE))
@@ -218,7 +226,7 @@ def learn_schedule(
         planned_flops: of the run that the schedule is for, as ``model.train_flops`` counts them.
         score: how C scores samples; its features must not be those that the report scores with.
         out_dir: where the result and the trained probe are kept; done -> reloaded, interrupted -> continued.
-        oracle: add the optimum over all monotone lattice paths on the fitted surface (B, C; K <= 3).
+        oracle: add the optimum over all monotone lattice paths on the fitted surface (B, C, D; K <= 3).
 
     Raises:
         UserError: the budget is too small, C without a scorer, a folder of another configuration, a diverging probe,
@@ -232,7 +240,7 @@ def learn_schedule(
     if folder is not None and (done := ProbeResult.load(folder, fingerprint)) is not None:
         return done
     if probe.estimator == "C" and score is None:
-        raise UserError("probe.estimator", "C", "needs features to score samples with; give them, or choose B")
+        raise UserError("probe.estimator", "C", "needs features to score samples with; give them, or choose D")
     network = build_probe(config, device)
     forward = forward_flops(network)
     job = _Job(
@@ -266,6 +274,8 @@ def _fingerprint(config: Config, latents: Latents, planned_flops: float) -> str:
     sections = (replace(config.representations, decoder=""), config.probe)
     model = (config.model.classes, config.model.patch, config.model.mlp_multiple, config.model.label_dropout)
     facts = [asdict(section) for section in sections]
+    if config.probe.estimator != "D":  # probes from before there was D are still theirs
+        del facts[1]["loss_energy"]
     density, flip = config.objective.density, config.data.flip
     return digest_tensors({"z": z, "y": y}, facts, model, density, flip, len(latents), planned_flops)[:16]
 
@@ -316,7 +326,7 @@ def _joint(job: _Job) -> ProbeResult:
 
 
 def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
-    """Estimators B and C: one probe with independent local times, its surface, and for C what it generates."""
+    """Estimators B, C and D: one probe, its loss surface, and for C what it generates."""
     config, probe, reps, budget = job.config, job.config.probe, job.config.representations, job.budget
     errors = _trained(job)
     surface = LossSurface.fit(errors.tau, errors.errors)
@@ -333,10 +343,14 @@ def _independent(job: _Job, score: Scorer | None, oracle: bool) -> ProbeResult:
         "steps": job.plan.steps,
     }
     candidates: list[dict[str, Any]] = []
+    family = candidate_family(reps.names, reps.roles)
+    if len(reps.names) == 1:  # only its speed can be chosen, which is B's matter
+        family |= {f"B beta {row.beta:g}": row.minimum.schedule for row in rows}
+    if probe.estimator == "D":
+        candidates = rank_by_loss(family, surface, job.density, job.lam, probe.loss_energy)
+        diagnostics["label"] = candidates[0]["label"]
+        schedule = family[candidates[0]["label"]]
     if probe.estimator == "C" and score is not None:
-        family = candidate_family(reps.names, reps.roles)
-        if len(reps.names) == 1:  # only its speed can be chosen, which is B's matter
-            family |= {f"B beta {row.beta:g}": row.minimum.schedule for row in rows}
         method = search_method(config)
         smaller = explained_batch("sample.batch", config.sample.batch, job.device, " (the same samples)")
         with budget.timed("sampling"), smaller:
@@ -416,9 +430,9 @@ def _trained(job: _Job) -> Errors:
 
 
 def _path_times(job: _Job) -> PathTimes | None:
-    """Times along C's candidates, or None for independent ones."""
+    """Times along the candidates of C and D, or None for independent ones."""
     probe, reps = job.config.probe, job.config.representations
-    if probe.estimator != "C" or probe.times == "independent" or len(reps.names) == 1:
+    if probe.estimator not in "CD" or probe.times == "independent" or len(reps.names) == 1:
         return None
     family = list(candidate_family(reps.names, reps.roles).values())
     return PathTimes(family, job.density, probe.batch, probe.seed, INDEPENDENT)

@@ -330,6 +330,7 @@ def _probe(record: Record) -> Markup:
         "A": "gradient through the jointly trained probe",
         "B": "minimum of J over the fitted loss surface",
         "C": "the gentlest of the candidates whose samples from the probe are close to the data",
+        "D": "the gentlest of the candidates whose loss on the fitted surface is low",
     }[probe.estimator]
     facts: list[tuple[str, object]] = [("estimator", f"{probe.estimator}: {text}")]
     if budget:
@@ -367,20 +368,25 @@ def _probe(record: Record) -> Markup:
 
 
 def _candidates(candidates: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> Markup:
-    """C's table, the chosen one shaded, and what separates two scores from noise."""
+    """C's and D's table, the chosen one shaded, and what separates two of C's scores from noise."""
+    sampled = "samples" in candidates[0]
     rows = []
     for row in candidates:
-        numbers = (_number(row.get(name)) for name in ("distance", "lead", "kinetic_energy", "score"))
-        values = (row["label"], f"{row['samples']:,}", *numbers)
+        measured = [f"{row['samples']:,}", _number(row.get("distance"))] if sampled else [_number(row["loss"])]
+        numbers = (_number(row.get(name)) for name in ("lead", "kinetic_energy", "score"))
+        values = (row["label"], *measured, *numbers)
         css = "best" if row["label"] == found.get("label") else ""
         rows.append(_tag("tr", _join((_tag("td", value, css) for value in values), "")))
-    head = _tag("thead", _rows([["schedule", "samples", "distance", "lead", "KE", "score"]], "th"))
+    columns = ["schedule", *(["samples", "distance"] if sampled else ["loss"]), "lead", "KE", "score"]
+    head = _tag("thead", _rows([columns], "th"))
     noise = found.get("noise")
-    text = (
-        f"Fréchet distance of the probe's samples in the frozen encoder's features ({found.get('method')}, "
-        f"{found.get('steps_of_sampler')} steps); those of fewer samples are larger for that alone. "
-        "Score: log distance + probe.energy x KE. Shaded: chosen."
-    )
+    text = "Loss on the fitted surface. Score: log loss + probe.loss_energy x KE. Shaded: chosen."
+    if sampled:
+        text = (
+            f"Fréchet distance of the probe's samples in the frozen encoder's features ({found.get('method')}, "
+            f"{found.get('steps_of_sampler')} steps); those of fewer samples are larger for that alone. "
+            "Score: log distance + probe.energy x KE. Shaded: chosen."
+        )
     if noise is not None:
         text += f" Noise: the difference between the best two has a standard deviation of {noise:.3g}."
     return _join(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fastasync.densities import DENSITIES
 from fastasync.errors import UserError
 from fastasync.evaluation.frechet import GaussianStatistics, frechet_distance
 from fastasync.probe.budget import Budget
@@ -18,6 +19,7 @@ from fastasync.probe.generation import (
     gaussian_statistics,
     neighbours,
     plan_rounds,
+    rank_by_loss,
     search,
 )
 from fastasync.sampling.generate import initial_noise
@@ -153,6 +155,28 @@ def test_of_near_equals_the_gentlest(energy, shift, chosen):
     row = next(row for row in found.rows if row["label"] == chosen)
     assert row["distance"] == pytest.approx(distances[chosen], rel=1e-3)
     assert row["score"] == pytest.approx(math.log(row["distance"]) + energy * row["kinetic_energy"], rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+@pytest.mark.parametrize(("energy", "chosen"), [(0.0, "offset 0.3"), (2.4, "power 2/1 floor 0.1"), (3, "synchronous")])
+def test_d_reads_the_loss_surface_alone(scale, energy, chosen):
+    """Texture's error 1 - tau_sem at uniform times: its integral over dtau_tex is known, and its scale decides nothing.
+
+    Synchronous 1/2 (KE 1), 0.9 s^2 + 0.1 s 0.35 (KE 1.135), offset 0.3 0.245 (of a slope of 1.3; KE 1.3).
+    """
+
+    def errors(tau):
+        return scale * torch.stack([1 - tau[..., 1], torch.full_like(tau[..., 1], 9.0)], -1)
+
+    known = {"synchronous": 0.5, "power 2/1 floor 0.1": 0.35, "offset 0.3": 0.5 * 0.7**2}
+    few = {name: FOUR[name] for name in known}
+    rows = rank_by_loss(few, errors, DENSITIES["uniform"], (1.0, 0.0), energy)
+    assert rows[0]["label"] == chosen
+    assert [row["score"] for row in rows] == sorted(row["score"] for row in rows)
+    for row in rows:
+        assert row["loss"] == pytest.approx(scale * known[row["label"]], rel=1e-3)
+        assert row["score"] == pytest.approx(math.log(row["loss"]) + energy * row["kinetic_energy"], rel=1e-9)
+        assert row["schedule"] == few[row["label"]].to_json()
 
 
 @pytest.mark.parametrize(("gain", "moves"), [(0.02, False), (0.2, True)])

@@ -38,7 +38,7 @@ def learned(config, **options):
     return learn_schedule(config, LATENTS, **(arguments | options))
 
 
-@pytest.mark.parametrize("estimator", ["A", "B", "C"])
+@pytest.mark.parametrize("estimator", ["A", "B", "C", "D"])
 def test_every_estimator_end_to_end(estimator, tmp_path):
     config = tiny_config(estimator=estimator, train_share=0.4)
     oracle = estimator != "A"
@@ -62,6 +62,12 @@ def test_every_estimator_end_to_end(estimator, tmp_path):
         assert set(spent) == {"training", "surface", "reference", "sampling", "scoring"}
         assert spent["reference"] == 100.0 * len(LATENTS)
         assert spent["scoring"] == 100.0 * sum(row["samples"] for row in result.candidates)
+    elif estimator == "D":
+        assert [row["label"] for row in result.candidates if row["schedule"] == result.schedule.to_json()] == [
+            result.candidates[0]["label"]
+        ]
+        assert result.diagnostics["label"] == result.candidates[0]["label"]
+        assert set(result.budget["flops"]) == {"training", "surface"}
     else:
         assert isinstance(result.schedule, ConvexSchedule)
         assert result.schedule.roles == ROLES
@@ -225,7 +231,7 @@ def test_c_needs_a_scorer():
         learned(tiny_config(estimator="C"), score=None)
 
 
-@pytest.mark.parametrize("estimator", ["A", "B", "C"])
+@pytest.mark.parametrize("estimator", ["A", "B", "C", "D"])
 def test_three_representations(estimator):
     representations = dict(names=THREE_NAMES, roles=THREE_ROLES, channels=[1, 1, 1], grid=2)
     config = config_from_dict({"representations": representations}, tiny_config(estimator=estimator, train_share=0.4))
@@ -256,7 +262,7 @@ def test_budget_is_enforced():
     assert budget.to_json()["flops"] == {"training": 80, "sampling": 20}
 
 
-@pytest.mark.parametrize("estimator", ["A", "B", "C"])
+@pytest.mark.parametrize("estimator", ["A", "B", "C", "D"])
 def test_too_small_a_budget_says_what_would_do(estimator):
     config = tiny_config(estimator=estimator, budget=0.01)
     flops = planned(config, steps=5)
@@ -267,7 +273,7 @@ def test_too_small_a_budget_says_what_would_do(estimator):
     assert probe_plan(tiny_config(estimator=estimator, budget=needed), flops).steps >= 20
 
 
-@pytest.mark.parametrize("estimator", ["A", "B", "C"])
+@pytest.mark.parametrize("estimator", ["A", "B", "C", "D"])
 def test_plans_stay_under_the_limit(estimator):
     for limit in (3e6, 1e8, 7.7e9):
         probe = Probe(estimator=estimator, batch=10, budget=0.01)

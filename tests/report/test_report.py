@@ -257,6 +257,24 @@ def test_joint_probe_without_surface_or_curl(make_run):
     assert "curl" not in text
 
 
+def test_candidates_by_the_loss_surface(make_run):
+    """Estimator D has candidates and a surface, and no samples."""
+    run = make_run("schedule.baselines=")
+    content = json.loads((run.probe_folder / "probe.json").read_text())
+    rows = [{"label": row["label"], "loss": 0.25, "score": -0.5, "lead": row["lead"], "kinetic_energy": 1.2,
+             "schedule": row["schedule"]} for row in content["candidates"]]  # fmt: skip
+    kept = {name: content["diagnostics"][name] for name in ("chosen", "curl", "jumped", "label")}
+    (run.probe_folder / "probe.json").write_text(
+        json.dumps(content | {"estimator": "D", "candidates": rows, "diagnostics": kept})
+    )
+    write_report(run)
+    text = read_page(run).text
+    assert "D: the gentlest of the candidates whose loss on the fitted surface is low" in text
+    assert "Score: log loss + probe.loss_energy x KE. Shaded: chosen." in text
+    assert "Fréchet distance of the probe's samples" not in text
+    assert "0.25" in text
+
+
 def test_text_is_escaped_everywhere(make_run):
     run = make_run("data.root=<b>&'\"", "schedule.baselines=", folder="a <i> & $x$ 'b'")
     manifest = {"parts": {"<u>": {"<s>": 1.5}}, "identity": {"dataset": "<em>"}}
