@@ -1,4 +1,4 @@
-"""Question 1: which rule (A, B, C) gives the best trained model, and does it beat every fixed schedule?"""
+"""Question 1: which rule (A, B, C, D) gives the best trained model, and does it beat every fixed schedule?"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fastasync.sampling import evaluations
 from fastasync.schedule import Schedule, TableSchedule
 from fastasync.schedule.convex import KNOTS, ConvexSchedule
 
-LEARNED = ("A", "B", "C")
+LEARNED = ("A", "B", "C", "D")
 BEST_FIXED = "best fixed"  # stands for what the scan finds, until it has
 OBJECTIVES = {
     "corrected": ("objective.mode=corrected", "objective.proposal=mixture"),
@@ -295,7 +295,7 @@ STUDIES = {
         few_steps=(3,),
         integrators=(_integrators(5), _integrators(9)),
         third=("representations.names=texture,lowfreq,semantic", "representations.channels=4,1,8", _THIRD_ROLES),
-        rules=("B", "C"),
+        rules=("B", "C", "D"),
         sample_batch=100,
     ),
 }
