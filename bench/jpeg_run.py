@@ -314,7 +314,7 @@ def probe(work: Work) -> str:
     found = ProbeResult.load(work.run / "probe")
     assert found is not None
     share = found.budget["spent_flops"] / found.budget["limit_flops"] * work.sizes.budget
-    return f"estimator B, lead {found.schedule.lead():.3f}, {share:.1%} of the run's FLOPs"
+    return f"estimator {found.estimator}, lead {found.schedule.lead():.3f}, {share:.1%} of the run's FLOPs"
 
 
 def train(work: Work) -> str:
