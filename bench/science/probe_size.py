@@ -14,20 +14,21 @@ from bench.science.specs import Spec
 from bench.science.statistics import paired, summary
 
 _SHAPE = "main shape"  # the variant with the main network's shape: the one whose weights can be taken over
+_STARTED = ("C", "synchronous")  # the latter tells what the start is worth without the schedule
 
 
 def _variants(ledger: Ledger) -> tuple[str, ...]:
     return tuple(name for name in ledger.study.probes if not name.startswith("for ") and name not in EARLIER)
 
 
-def warm(seed: int) -> Spec:
-    """The run that starts from the weights of the probe that chose its schedule."""
-    return Spec("C", seed, probe=_SHAPE, start="probe")
+def warm(seed: int, schedule: str = "C") -> Spec:
+    """The run that starts from the weights of the probe of its seed, which chose C's schedule."""
+    return Spec(schedule, seed, probe=_SHAPE, start="probe")
 
 
-def cold(seed: int) -> Spec:
+def cold(seed: int, schedule: str = "C") -> Spec:
     """The same schedule, trained from scratch for the whole budget."""
-    return Spec("C", seed, probe=_SHAPE)
+    return Spec(schedule, seed, probe=_SHAPE) if schedule == "C" else Spec(schedule, seed)
 
 
 def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
@@ -35,9 +36,10 @@ def _jobs(ledger: Ledger, workshop: Workshop) -> list[Job]:
     # the probe's own steps are part of the warm run's budget
     rest = study.steps - workshop.probe_steps(_SHAPE)
     jobs: list[Job] = [*rank_jobs(ledger, _variants(ledger)), *scan_jobs(ledger)]
-    for seed in ledger.seeds:
-        jobs.append(TrainJob(cold(seed), ((study.steps, study.headline),)))
-        jobs.append(TrainJob(warm(seed), ((rest, study.headline),)))
+    for schedule in _STARTED:
+        for seed in ledger.seeds:
+            jobs.append(TrainJob(cold(seed, schedule), ((study.steps, study.headline),)))
+            jobs.append(TrainJob(warm(seed, schedule), ((rest, study.headline),)))
     return jobs
 
 
@@ -77,25 +79,23 @@ def _report(ledger: Ledger) -> Report:
     step = _warm_steps(ledger)
     if step is not None:
         study, pairs = ledger.study, []
-        pairs.append({"start": "scratch", "steps": study.steps, **fids(ledger, cold(0), study.headline)})
-        pairs.append(
-            {"start": "the probe's weights", "steps": step, **fids(ledger, warm(0), study.headline, step=step)}
-        )
-        sections.append(Section("start", "The same schedule from scratch and from the probe's weights, the probe's "
-                                "steps counted: FID.", ["start", "steps", *study.headline], pairs))  # fmt: skip
-        for sampler in study.headline:
-            # different steps: pair by hand
-            sentence = _warm_against_cold(ledger, step, sampler)
-            if sentence:
-                sentences.append(sentence)
+        for schedule in _STARTED:
+            for start, spec, at in (
+                ("scratch", cold(0, schedule), study.steps),
+                ("the probe's weights", warm(0, schedule), step),
+            ):
+                figures = fids(ledger, spec, study.headline, step=at)
+                pairs.append({"schedule": schedule, "start": start, "steps": at, **figures})
+            for sampler in study.headline:
+                # different steps: pair by hand
+                ours = ledger.by_seed(warm(0, schedule), step, sampler)
+                found = paired(ours, ledger.by_seed(cold(0, schedule), study.steps, sampler))
+                if found:
+                    sentences.append(f"{schedule} from the probe's weights at {sampler}: {found} ({found.verdict}).")
+        caption = "The same schedule from scratch and from the probe's weights, the probe's steps counted: FID."
+        sections.append(Section("start", caption, ["schedule", "start", "steps", *study.headline], pairs))
     picture = plots.scatter(points, "FLOPs of the probe", "Spearman with trained networks") if points else None
     return Report(sections, sentences, picture)
-
-
-def _warm_against_cold(ledger: Ledger, step: int, sampler: str) -> str | None:
-    ours = ledger.by_seed(warm(0), step, sampler)
-    found = paired(ours, ledger.by_seed(cold(0), ledger.study.steps, sampler))
-    return f"From the probe's weights at {sampler}: {found} ({found.verdict})." if found else None
 
 
 QUESTION = Question(2, "How small the probe can be, and starting from its weights", _jobs, _report)
