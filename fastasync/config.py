@@ -147,7 +147,7 @@ class Probe:
     heads: int = _number(2, 1)
     batch: int = _number(128, 1)
     lr: float = _number(1e-3, 0.0, 10.0)
-    train_share: float = _number(0.7, 0.0, 1.0)  # of the budget; the rest samples (C) or fits (B)
+    train_share: float = _number(0.7, 0.0, 1.0)  # of the budget; the rest samples (C) or fits (B, D)
     times: str = _choice("paths", "paths", "independent")  # C, D: trained along the candidates, or anywhere
     energy: float = _number(0.2, 0.0)  # C: of kinetic energy beside the log of the distance; 0: the distance alone
     loss_energy: float = _number(0.4, 0.0)  # D: of kinetic energy beside the log of the loss; 0: the loss alone

@@ -46,7 +46,7 @@ _IMAGENET: dict[str, dict[str, Any]] = {
     "train": dict(
         steps=400_000, batch=256, lr=1e-4, ema=0.9999, compile="regional", checkpoint_every=5000, max_norm_ratio=10
     ),
-    # a folder of latents has no encoder whose features could select: B
+    # a folder of latents has no encoder whose features could select: D
     # of the FLOPs; in seconds up to 3.7 times that, as so small a network reaches fewer FLOP/s than XL (bench probe)
     "probe": dict(estimator="D", depth=12, width=384, heads=6, batch=256, lr=3e-4, budget=0.0025),
     "sample": dict(count=50000, batch=250, integrator="dopri5"),

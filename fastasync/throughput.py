@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,15 @@ RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a chec
 COMMAND = "make bench SUBJECT=step"
 _SAME = 0.01  # networks whose FLOPs for an image differ by less are one
 _FAR = 30  # a network that takes so many times more or fewer says nothing: what limits the two is not the same
-_SPEED_UP = re.compile(r"([\d.]+)x the plain engine on one GPU")  # what bench.scaling notes
 # train.compile in the variants' names, and with recorded steps
 _COMPILED = {"off": "eager", "regional": "regional", "model": "whole"}
 _RECORDED = {"off": "graph uncompiled", "regional": "regional graph", "model": "graph"}
+_ON_SEVERAL = re.compile(r" on (\d+)$")  # GPUs, in a case of bench.scaling
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row of the subject ``step``: a whole training step on one GPU.
+    """A row of the subject ``step`` or ``scaling``: a whole training step, as one GPU does it.
 
     ``flops``: of the training step of one image, from the row's own TFLOP/s and images/s.
     """
@@ -40,31 +40,54 @@ class Measured:
 
     @property
     def batch(self) -> int | None:
-        """Images in a step, where the row says so."""
+        """Images in a GPU's step, where the row says so."""
         found = re.match(r"batch (\d+)", self.shape)
         return int(found[1]) if found else None
+
+    def away(self, batch: float) -> float:
+        """How far another batch is: the log of their ratio."""
+        return abs(math.log(self.batch / batch)) if self.batch else math.inf
 
     def __str__(self) -> str:
         about = f"{self.case}, {self.variant}, {self.shape}; {self.date[:10]}, commit {self.commit}"
         return f"{self.images_per_s:.0f} img/s on one {self.device} ({about})"
 
 
-def measured_steps(folder: Path = RESULTS) -> list[Measured]:
-    """Every training step that was measured on a GPU; lines that are no such row are passed over."""
-    found = []
+def _rows(folder: Path, subject: str) -> Iterator[dict[str, str]]:
+    """What the bench wrote of one subject on GPUs."""
     for path in sorted(folder.glob("*.csv")):
         with open(path, newline="", errors="replace") as stream:
             for row in csv.DictReader(stream):
-                if row.get("subject") != "step" or row.get("device") == "cpu":
-                    continue
-                try:
-                    images, tflop = float(row["images_per_s"]), float(row["tflop_per_s"])
-                    names = {name: row[name] for name in ("date", "commit", "device", "case", "variant", "shape")}
-                    if images > 0 and tflop > 0:
-                        found.append(Measured(**names, images_per_s=images, flops=tflop * 1e12 / images))
-                except (KeyError, TypeError, ValueError):
-                    continue
-    return found
+                if row.get("subject") == subject and row.get("device") != "cpu":
+                    yield row
+
+
+def _measured(row: dict[str, str], gpus: int = 1) -> Measured | None:
+    """One row, the images of each of ``gpus``; None for a line that is no such row."""
+    try:
+        images, tflop = float(row["images_per_s"]) / gpus, float(row["tflop_per_s"])
+        names = {name: row[name] for name in ("date", "commit", "device", "case", "variant", "shape")}
+        if images > 0 and tflop > 0:
+            return Measured(**names, images_per_s=images, flops=tflop * 1e12 / images)
+    except (KeyError, TypeError, ValueError):
+        pass
+    return None
+
+
+def measured_steps(folder: Path = RESULTS) -> list[Measured]:
+    """Every training step that was measured on a GPU; lines that are no such row are passed over."""
+    return [found for row in _rows(folder, "step") if (found := _measured(row))]
+
+
+def measured_ranks(zero: int, folder: Path = RESULTS) -> list[Measured]:
+    """Every step of several GPUs under ZeRO ``zero`` with our reduction; images/s of one of them."""
+    found = []
+    for row in _rows(folder, "scaling"):
+        several = _ON_SEVERAL.search(row.get("case") or "")
+        ours = (row.get("variant") or "").removesuffix(" recorded") in (f"zero {zero}", f"zero {zero} strong")
+        if several and ours and "zero_optimization" not in (row.get("note") or ""):
+            found.append(_measured(row, int(several[1])))
+    return [each for each in found if each]
 
 
 def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int = 1) -> Measured | None:
@@ -92,8 +115,7 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
         return row.variant.startswith(by) and (" fp8" in row.variant) == (train.precision == "fp8")
 
     def distance(row: Measured) -> tuple[float, float, bool]:
-        other_batch = abs(math.log(row.batch / batch)) if row.batch else math.inf
-        return round(abs(math.log(row.flops / flops)), 2), other_batch, row.variant not in wanted
+        return round(abs(math.log(row.flops / flops)), 2), row.away(batch), row.variant not in wanted
 
     if train.precision == "fp32":
         return None
@@ -102,20 +124,18 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     return min(newest_first, key=distance, default=None)
 
 
-def measured_scaling(zero: int, folder: Path = RESULTS) -> list[str]:
-    """The newest measured speed-up of several GPUs over one, for each batch on a GPU, under ZeRO ``zero``."""
-    newest: dict[str, tuple[str, str]] = {}
-    for path in sorted(folder.glob("*.csv")):
-        with open(path, newline="", errors="replace") as stream:
-            for row in csv.DictReader(stream):
-                speed_up = _SPEED_UP.match(row.get("note") or "")
-                if row.get("subject") != "scaling" or row.get("device") == "cpu" or not speed_up:
-                    continue
-                if row.get("variant") in (f"zero {zero}", f"zero {zero} strong"):
-                    what = f"{row['case']} {row['device']}, {row['shape']}"
-                    said = f"{what}: {speed_up[1]} times one ({row['date'][:10]}, commit {row['commit']})"
-                    newest[what] = max(newest.get(what, ("", "")), (row["date"], said))
-    return [said for _, said in newest.values()]
+def choose_ranks(config: Config, flops: int, rows: Sequence[Measured], gpus: int) -> Measured | None:
+    """Of ``measured_ranks`` the one that a run on ``gpus`` is like: its network in bf16, the nearest batch on a GPU."""
+    train = config.train
+    if train.precision not in ("auto", "bf16") or config.model.kernels == "reference":
+        return None
+    batch, recorded = train.batch / (gpus * train.accumulate), train.cuda_graph == "on"
+
+    def distance(row: Measured) -> tuple[float, bool]:
+        return row.away(batch), row.variant.endswith("recorded") != recorded
+
+    same = [row for row in rows if abs(row.flops / flops - 1) < _SAME]
+    return min(sorted(same, key=lambda row: row.date, reverse=True), key=distance, default=None)
 
 
 def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS) -> dict[str, str]:
@@ -125,6 +145,10 @@ def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS
     """
     rows, train = measured_steps(folder), config.train
     row, of_many = choose_step(config, flops, rows), choose_step(config, flops, rows, gpus)
+    ranks = choose_ranks(config, flops, measured_ranks(train.zero, folder), gpus)
+    each = train.batch / (gpus * train.accumulate)
+    if ranks and of_many and ranks.away(each) <= of_many.away(each):
+        of_many = ranks
     if row is None or of_many is None:
         how = "only bf16 and fp8 are" if train.precision == "fp32" else f"`{COMMAND}` in a checkout does, on a GPU"
         return {"expected hours of training": f"unknown: no step like this run's is measured in {folder}; {how}"}
@@ -134,13 +158,11 @@ def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS
         if ratio > 1:
             basis += "; a smaller network uses less of a GPU, so it takes longer than this"
     one, many = (train.batch * train.steps * flops / each.flops / each.images_per_s / 3600 for each in (row, of_many))
-    scaling = "; ".join(measured_scaling(train.zero, folder))
-    known = (
-        f"perfect scaling is assumed; measured: {scaling}" if scaling else "perfect scaling is assumed, not measured"
-    )
+    known = "perfect scaling is assumed, not measured"
     if of_many != row:
         known = f"from {of_many}; {known}"
-    each = train.batch / (gpus * train.accumulate)
+    if of_many is ranks:
+        known = f"from {of_many}, on each; beyond so many perfect scaling is assumed"
     return {
         "measured training step": str(row),
         f"expected hours of training on 1 {row.device}": f"{one:.3g} ({basis})",

@@ -66,23 +66,44 @@ def test_hours_of_the_measured_network(results):
     assert "2026-11-24, commit abc1234" in lines["measured training step"]
 
 
-def test_measured_scaling_is_said_beside_the_hours(results):
-    two = {"subject": "scaling", "case": "XL on 2", "variant": "zero 1", "shape": "batch 256 a GPU"}
+def test_steps_of_several_gpus_tell_more_of_several(results):
+    """The nearest batch on a GPU under the run's ZeRO, the newest; not by DeepSpeed's own reduction."""
+
+    def two(each, rate, **changes):  # images on a GPU, images/s of one
+        row = {"subject": "scaling", "case": "XL on 2", "variant": "zero 1", "shape": f"batch {each} a GPU"}
+        return {**row, "images_per_s": 2 * rate, "tflop_per_s": rate * XL / 1e12, **changes}
+
     rows = [
-        {**two, "note": "1.970x the plain engine on one GPU, before; memory none", "date": "2026-11-26 01:00:00"},
-        {**two, "note": "1.500x the plain engine on one GPU; memory none"},
-        {**two, "note": "memory none, by another way to reduce", "date": "2026-11-27 01:00:00"},
-        {**two, "variant": "zero 1 strong", "shape": "batch 128 a GPU", "note": "1.800x the plain engine on one GPU"},
-        {**two, "variant": "zero 2", "note": "1.600x the plain engine on one GPU"},
+        two(256, 400),
+        two(32, 270, date="2026-11-26 01:00:00"),
+        two(32, 200),
+        two(32, 100, note='memory none; {"zero_optimization":{}}', date="2026-11-27 01:00:00"),
+        two(32, 90, variant="plain at once", date="2026-11-27 01:00:00"),
+        two(32, 80, variant="zero 1 by DeepSpeed", date="2026-11-27 01:00:00"),
+        two(32, 70, case="XL on 1", variant="plain", date="2026-11-27 01:00:00"),
+        two(32, 150, variant="zero 2"),
+        two(32, 490, variant="zero 1 recorded"),
     ]
-    folder, config = results({}, *rows), preset("imagenet256-xl")
-    one, (eight, about) = (hours(expected_hours(config, XL, 8, folder), gpus) for gpus in (1, 8))
-    assert eight == pytest.approx(one[0] / 8, rel=5e-3)
-    assert "perfect scaling is assumed; measured: XL on 2 gpu-9, batch 256 a GPU: 1.970 times one (2026-11-26" in about
-    assert "; XL on 2 gpu-9, batch 128 a GPU: 1.800 times one (2026-11-24, commit abc1234); 32 images on each" in about
-    _, about = hours(expected_hours(apply_settings(config, ["train.zero=2"]), XL, 8, folder), 8)
-    assert "1.600 times one" in about
-    assert "1.970" not in about
+    alone = ({}, {"shape": "batch 64, 48x16x16", "images_per_s": 450}, {"variant": "ours fp8", "dtype": "fp8"})
+    folder, config = results(*alone, *rows), preset("imagenet256-xl")
+    whole = config.train.steps * config.train.batch / 3600
+
+    def eight(*settings):
+        return hours(expected_hours(apply_settings(config, settings), XL, 8, folder), 8)
+
+    found, about = eight()
+    assert found == pytest.approx(whole / (8 * 270), rel=5e-3)
+    assert "from 270 img/s on one gpu-9 (XL on 2, zero 1, batch 32 a GPU; 2026-11-26" in about
+    assert "on each; beyond so many perfect scaling is assumed; 32 images on each GPU" in about
+    assert eight("train.zero=2")[0] == pytest.approx(whole / (8 * 150), rel=5e-3)
+    assert eight("train.cuda_graph=on")[0] == pytest.approx(whole / (8 * 490), rel=5e-3)
+    assert eight("train.batch=2048")[0] == pytest.approx(8 * whole / (8 * 400), rel=5e-3)
+    for setting in ("train.zero=0", "train.precision=fp8"):
+        assert "perfect scaling is assumed, not measured" in eight(setting)[1]
+    one, _ = hours(expected_hours(config, XL, 8, folder), 1)
+    assert one == pytest.approx(whole / 500, rel=5e-3)
+    small = apply_settings(config, ("model.size=B",))  # another network: no row of several GPUs
+    assert "zero" not in hours(expected_hours(small, flops_of(small), 8, folder), 8)[1]
 
 
 def test_what_is_refused_or_waits_is_said(capsys):

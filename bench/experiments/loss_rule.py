@@ -1,8 +1,10 @@
 """What a rule chooses that reads the probe's loss surface alone: ``python -m bench.experiments.loss_rule``.
 
 From the rows of the study (no GPU, no training): of its fixed schedules the one with the least ``log L + energy x KE``
-on each probe's surface (L: the corrected loss along the schedule, KE: its kinetic energy), for several weights, and how
-far its trained network is above the best one (mean over the headline samplers of log FID, the scan's seeds).
+on each probe's surface (L: the corrected loss along the schedule, KE: its kinetic energy), for several weights, how far
+its trained network is above the best one (100 times the log of FID, mean over the headline samplers, the scan's seeds),
+and the mean rank correlation with the trained order.  Beside it C's rule on the same probes (the log of the distance in
+the place of log L), and one schedule for all.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.science.specs import STUDIES, Study
+from bench.science.statistics import spearman
 from fastasync.probe.learn import chosen_beta
 from fastasync.schedule import kinetic_energy, named_schedule
 
 ENERGIES = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7)
 RESULTS = Path(__file__).resolve().parents[1] / "science" / "results"
-Surface = dict[str, float]  # L by schedule
+Values = dict[str, float]  # by schedule
 
 
 def kinetic(study: Study, name: str) -> float:
@@ -29,15 +32,18 @@ def kinetic(study: Study, name: str) -> float:
     return float(kinetic_energy(named_schedule(name, representations.names, representations.roles)))
 
 
-def surfaces(study: Study, folder: Path) -> dict[tuple[str, int], Surface]:
-    """L of every fixed schedule by each probe: (variant, seed) -> schedule -> L.  The rows hold ``L + beta KE``."""
-    beta = chosen_beta(study.common().probe.beta)
-    found: dict[tuple[str, int], Surface] = defaultdict(dict)
+def ranked(study: Study, folder: Path, column: str) -> dict[tuple[str, int], Values]:
+    """What each probe says of every fixed schedule: (variant, seed) -> schedule -> value.
+
+    ``column``: ``objective``, whose rows hold ``L + beta KE``, gives L; ``distance`` is C's.
+    """
+    beta = chosen_beta(study.common().probe.beta) if column == "objective" else 0.0
+    found: dict[tuple[str, int], Values] = defaultdict(dict)
     with open(folder / "probes.csv", newline="") as stream:
         for row in csv.DictReader(stream):
             if row["status"] == "done" and row["schedule"] in study.fixed:
-                loss = float(row["objective"]) - beta * kinetic(study, row["schedule"])
-                found[row["variant"], int(row["seed"])][row["schedule"]] = loss
+                value = float(row[column]) - beta * kinetic(study, row["schedule"])
+                found[row["variant"], int(row["seed"])][row["schedule"]] = value
     return dict(found)
 
 
@@ -54,9 +60,19 @@ def trained(study: Study, folder: Path, first_seed: int = 100) -> dict[str, floa
     return {name: sum(values) / len(values) for name, values in found.items() if name in study.fixed}
 
 
-def choice(surface: Surface, kinetics: dict[str, float], energy: float) -> str:
-    """The schedule with the least ``log L + energy x KE``."""
-    return min(kinetics, key=lambda name: math.log(surface[name]) + energy * kinetics[name])
+def scores(values: Values, kinetics: Values, energy: float) -> Values:
+    """``log value + energy x KE`` of each schedule."""
+    return {name: math.log(values[name]) + energy * kinetics[name] for name in kinetics}
+
+
+def describe(found: Sequence[Values], above: Values) -> str:
+    """What these scores of the probes choose, and how they rank."""
+    chosen = [min(each, key=each.__getitem__) for each in found]
+    order = [spearman([each[name] for name in above], list(above.values())) for each in found]
+    mean, worst = sum(map(above.__getitem__, chosen)) / len(chosen), max(map(above.__getitem__, chosen))
+    counts = {name: chosen.count(name) for name in sorted(set(chosen), key=chosen.count, reverse=True)}
+    said = ", ".join(f"{name} ({above[name]:.1f}) {count} times" for name, count in counts.items())
+    return f"{mean:.1f} above the best on average, {worst:.1f} at most, order {sum(order) / len(order):+.2f}: {said}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,17 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     top.add_argument("--preset", choices=STUDIES, action="append", help="default: all")
     for preset in top.parse_args(argv).preset or STUDIES:
         study, folder = STUDIES[preset], RESULTS / preset
-        quality, probes = trained(study, folder), surfaces(study, folder)
+        losses, distances = (list(ranked(study, folder, column).values()) for column in ("objective", "distance"))
+        quality = trained(study, folder)
         kinetics = {name: kinetic(study, name) for name in quality}
-        best = min(quality.values())
-        above = {name: 100 * (value - best) for name, value in quality.items()}
-        print(f"{preset}: {len(probes)} probes; synchronous is {above['synchronous']:.1f} % above the best of the scan")
+        above = {name: 100 * (value - min(quality.values())) for name, value in quality.items()}
+        always = ", ".join(f"{name} {above[name]:.1f}" for name in ("synchronous", "power:2"))
+        print(f"{preset}: {len(losses)} probes; always {always}")
         for energy in ENERGIES:
-            chosen = [choice(surface, kinetics, energy) for surface in probes.values()]
-            counts = {name: chosen.count(name) for name in sorted(set(chosen), key=chosen.count, reverse=True)}
-            said = ", ".join(f"{name} ({above[name]:.1f} %) {count} times" for name, count in counts.items())
-            mean, worst = sum(map(above.__getitem__, chosen)) / len(chosen), max(map(above.__getitem__, chosen))
-            print(f"  energy {energy:g}: {mean:.1f} % above the best on average, {worst:.1f} at most: {said}")
+            print(f"  energy {energy:g}: {describe([scores(each, kinetics, energy) for each in losses], above)}")
+        energy = study.common().probe.energy
+        said = describe([scores(each, kinetics, energy) for each in distances], above)
+        print(f"  C, energy {energy:g}: {said}")
     return 0
 
 

@@ -24,7 +24,9 @@ def test_choices_by_the_loss_and_the_kinetic_energy(tmp_path):
     probes = []
     for name, loss in LOSSES.items():
         objective = loss + beta * loss_rule.kinetic(STUDY, name)
-        probes.append({"variant": "base", "seed": 0, "schedule": name, "status": "done", "objective": objective})
+        probes.append(
+            {"variant": "base", "seed": 0, "schedule": name, "status": "done", "objective": objective, "distance": loss}
+        )
     probes += [dict(probes[0], schedule="C"), dict(probes[0], seed=1, status="failed")]
     write(tmp_path / "probes.csv", probes)
     usual = {
@@ -41,11 +43,21 @@ def test_choices_by_the_loss_and_the_kinetic_energy(tmp_path):
     ]
     runs += [runs[0] | {"seed": 3, "fid_heun10": 1}, runs[0] | {"objective": "uncorrected", "fid_heun10": 1}]
     write(tmp_path / "runs.csv", runs)
-    quality, found = loss_rule.trained(STUDY, tmp_path), loss_rule.surfaces(STUDY, tmp_path)
+    quality, found = loss_rule.trained(STUDY, tmp_path), loss_rule.ranked(STUDY, tmp_path, "objective")
     assert quality == pytest.approx({name: math.log(row) for name, row in zip(LOSSES, (4, 3, 2.5, 3.5))})
     assert list(found) == [("base", 0)]
     assert found["base", 0] == pytest.approx(LOSSES)
     kinetics = {name: loss_rule.kinetic(STUDY, name) for name in LOSSES}
     assert kinetics["synchronous"] == pytest.approx(1)
-    chosen = [loss_rule.choice(found["base", 0], kinetics, energy) for energy in (0, 0.3, 1.3, 5)]
-    assert chosen == ["cascade", "offset:0.3", "power:2", "synchronous"]
+    said = []
+    for energy in (0, 0.3, 1.3, 5):
+        scores = loss_rule.scores(found["base", 0], kinetics, energy)
+        said.append(
+            loss_rule.describe([scores], {"synchronous": 4.0, "offset:0.3": 3.0, "power:2": 0.0, "cascade": 1.0})
+        )
+    assert [line.split(": ")[1] for line in said] == [
+        f"{name} 1 times" for name in ("cascade (1.0)", "offset:0.3 (3.0)", "power:2 (0.0)", "synchronous (4.0)")
+    ]
+    # by the loss: cascade, offset, power, synchronous; trained: power, cascade, offset, synchronous
+    assert said[0].startswith("1.0 above the best on average, 1.0 at most, order +0.40: ")
+    assert loss_rule.ranked(STUDY, tmp_path, "distance")["base", 0] == pytest.approx(LOSSES)
