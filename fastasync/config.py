@@ -150,7 +150,7 @@ class Probe:
     train_share: float = _number(0.7, 0.0, 1.0)  # of the budget; the rest samples (C) or fits (B, D)
     times: str = _choice("paths", "paths", "independent")  # C, D: trained along the candidates, or anywhere
     energy: float = _number(0.2, 0.0)  # C: of kinetic energy beside the log of the distance; 0: the distance alone
-    loss_energy: float = _number(0.4, 0.0)  # D: of kinetic energy beside the log of the loss; 0: the loss alone
+    loss_energy: float = _number(0.4, 0.0, 1e6)  # D: of kinetic energy beside the log of the loss; 0: the loss alone
     beta: tuple[float, ...] = (0.01, 0.03, 0.1)  # weights of the kinetic energy; the middle one decides for A and B
     loss_weights: tuple[float, ...] = ()  # (): 1 for what lags or is free, 0 for what leads
     sampling_steps: int = _number(10, 1)  # of the integrator that C scores with
@@ -266,14 +266,20 @@ FREE_FIELDS = (
 )
 
 
-# Fields that presets set only since some of their runs were begun, and what they were before (see keep_begun).
-_BEFORE = {("train", "max_norm_ratio"): 0.0}
+# Fields that presets set otherwise since some of their runs were begun, and what they were before (see keep_begun).
+_IMAGENET = ("imagenet256", "autoguidance")  # what these presets' names begin with
+_BEFORE: dict[tuple[str, str], tuple[Any, tuple[str, ...]]] = {
+    ("train", "max_norm_ratio"): (0.0, _IMAGENET),
+    ("probe", "estimator"): ("B", _IMAGENET),
+    ("probe", "budget"): (0.1, ("cifar10-components",)),
+}
 
 
 def keep_begun(config: Config, begun: Config) -> Config:
     """A preset's ``config`` as it was when a run was ``begun`` with it."""
-    for (section, name), before in _BEFORE.items():
-        if config.preset == begun.preset and getattr(getattr(begun, section), name) == before:
+    for (section, name), (before, presets) in _BEFORE.items():
+        same = config.preset == begun.preset and config.preset.startswith(presets)
+        if same and getattr(getattr(begun, section), name) == before:
             own = dataclasses.replace(getattr(config, section), **{name: before})
             config = dataclasses.replace(config, **{section: own})
     return config

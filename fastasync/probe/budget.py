@@ -80,8 +80,8 @@ def plan_probe(probe: Probe, forward_flops: float, planned_flops: float, least_r
     """Divide ``probe.budget * planned_flops`` for a probe network of ``forward_flops`` per image.
 
     A training step costs three forward passes per image (the backward pass counts twice).  ``least_rest``: FLOPs that
-    must be left after training (B's errors, C's samples).  Raises UserError that names ``probe.budget`` and the value
-    that would do, when it pays for fewer than 20 steps or leaves less than that.
+    must be left after training (for B's and D's errors, C's samples).  Raises UserError that names ``probe.budget`` and
+    the value that would do, when it pays for fewer than 20 steps or leaves less than that.
     """
     limit = probe.budget * planned_flops
     # A spends everything on training: a step of the network, and after the warm-up one of the schedule
@@ -101,9 +101,9 @@ def plan_probe(probe: Probe, forward_flops: float, planned_flops: float, least_r
             work = "compare schedules by their samples" if probe.estimator == "C" else "fit a loss surface"
             problem = f"leaves {rest / least_rest:.0%} of what it takes to {work}"
         remedy = "make the probe smaller (probe.depth, probe.width, probe.batch)"
-        if probe.estimator == "C" and least_rest:
-            remedy += ", or set probe.estimator to D"
         if steps >= MIN_STEPS:
+            if probe.estimator == "C" and least_rest:
+                remedy += ", or set probe.estimator to D"
             remedy = f"lower probe.train_share, or {remedy}"
         if needed <= 1:
             remedy = f"set probe.budget to {needed:.3g}, or {remedy}"

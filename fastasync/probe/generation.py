@@ -226,10 +226,16 @@ def gentle_score(distance: float, kinetic: float, energy: float) -> float:
 def rank_by_loss(
     candidates: dict[str, Schedule], errors: Errors, density: Density, lam: Sequence[float], energy: float
 ) -> list[dict[str, Any]]:
-    """D's table, the best first: of each candidate its loss on the surface ``errors``, KE and ``gentle_score``."""
+    """D's table, the best first: of each candidate its loss on the surface ``errors``, KE and ``gentle_score``.
+
+    A candidate whose loss is not positive is left out: a fit to few errors may dip below 0, which nothing else is.
+    Raises UserError where none is left.
+    """
     rows = []
     for name, schedule in candidates.items():
         loss, kinetic = float(line_loss(errors, schedule, density, lam)), float(kinetic_energy(schedule))
+        if not loss > 0:
+            continue
         rows.append(
             {
                 "label": name,
@@ -240,6 +246,9 @@ def rank_by_loss(
                 "schedule": schedule.to_json(),
             }
         )
+    if not rows:
+        remedy = "leaves too few errors: the fitted loss is negative along every candidate; multiply it"
+        raise UserError("probe.budget", None, remedy)
     return sorted(rows, key=lambda row: row["score"])
 
 

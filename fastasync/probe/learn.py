@@ -146,7 +146,7 @@ class ProbeResult:
 
 
 def probe_loss_weights(config: Config) -> tuple[float, ...]:
-    """lam of A and B: ``probe.loss_weights``, or 1 for what lags or is free and 0 for what leads.
+    """lam of A, B and D: ``probe.loss_weights``, or 1 for what lags or is free and 0 for what leads.
 
     When everything leads there is nothing else to weigh: 1 for each.
     """

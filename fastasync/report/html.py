@@ -26,6 +26,7 @@ from fastasync.report.table import (
     value_text,
 )
 from fastasync.training import build_model
+from fastasync.training.start import START
 
 _CSS = """
 :root { color-scheme: light; }
@@ -450,9 +451,12 @@ def _reproduce(record: Record) -> Markup:
     config, path = record.run.config, shlex.quote(str(record.run.path))
     try:
         settings = "".join(f" --set {shlex.quote(setting)}" for setting in settings_of(config))
-        command = f"fastasync run --preset {shlex.quote(config.preset)}{settings} --out {path}"
+        named = f" --preset {shlex.quote(config.preset)}{settings}"
     except UserError:  # a configuration written by hand: the folder itself holds it
-        command = f"fastasync run --out {path}"
+        named = ""
+    command = f"fastasync run{named} --out {path}"
+    if (start := record.run.path / START).is_file():
+        command = f"fastasync convert {shlex.quote(str(start))} {path} --to ours{named}\n{command}"
     return _join(
         [
             _tag("pre", command),

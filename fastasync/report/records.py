@@ -22,6 +22,7 @@ from fastasync.run import Run
 from fastasync.schedule import Schedule, load_schedule
 from fastasync.training import checkpoint
 from fastasync.training.metrics import FILE as METRICS
+from fastasync.training.start import START
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def _same(one: Schedule | None, other: Schedule) -> bool:
 
 
 def shared_notes(records: Sequence[Record]) -> list[str]:
-    """A sentence for each baseline that was not trained because its schedule was."""
-    return [f"{r.label} is the schedule of {r.shared}: one network serves both" for r in records if r.shared]
+    """A sentence for each baseline that was not trained because its schedule was, and for each run's own start."""
+    notes = [f"{r.label} is the schedule of {r.shared}: one network serves both" for r in records if r.shared]
+    started = [r.label for r in records if (r.run.path / START).is_file()]
+    return notes + [f"{label} started from the weights in its {START}, not from scratch" for label in started]
 
 
 def read_json(path: Path) -> dict[str, Any]:

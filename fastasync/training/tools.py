@@ -82,22 +82,33 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
-    state = completed(load_state(args.checkpoint, "ema" if ema else "model"), config)
+    state = completed(load_state(args.checkpoint, "ema" if ema else "model"), config, str(args.checkpoint))
     load_into(model, state, source=str(args.checkpoint))
     Run(args.out, config).create()
     save_tensors(args.out / START, model.state_dict())
     return args.out / START
 
 
-def completed(state: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """``state``; a probe's weights without the errors beside them, and with the run's own new REPA projector."""
+def completed(state: dict[str, Tensor], config: Config, source: str) -> dict[str, Tensor]:
+    """``state``; a probe's weights without the errors beside them, and with the run's own new REPA projector.
+
+    Raises UserError for a probe of another shape than the run's network.
+    """
     errors = {"errors.tau", "errors.errors"}
     if not errors <= state.keys():
         return state
     torch.manual_seed(config.data.seed)
     fresh = build_model(config).state_dict()
     projector = {name: value for name, value in fresh.items() if name.startswith("repa_projector.")}
-    return projector | {name: value for name, value in state.items() if name not in errors}
+    found = projector | {name: value for name, value in state.items() if name not in errors}
+    shapes = [{name: value.shape for name, value in each.items()} for each in (found, fresh)]
+    if shapes[0] != shapes[1]:
+        remedy = (
+            "is of another shape than the run's network: learn the schedule in a new --out with probe.depth, "
+            "probe.width and probe.heads as the network's"
+        )
+        raise UserError("the probe", source, remedy)
+    return found
 
 
 def verify_command(args: argparse.Namespace) -> int:

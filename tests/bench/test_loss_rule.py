@@ -61,3 +61,9 @@ def test_choices_by_the_loss_and_the_kinetic_energy(tmp_path):
     # by the loss: cascade, offset, power, synchronous; trained: power, cascade, offset, synchronous
     assert said[0].startswith("1.0 above the best on average, 1.0 at most, order +0.40: ")
     assert loss_rule.ranked(STUDY, tmp_path, "distance")["base", 0] == pytest.approx(LOSSES)
+
+
+def test_the_studys_probes_keep_their_budget():
+    """Whatever their preset's is: rows must not change their meaning."""
+    budgets = {name: STUDIES[name].probe_config("C", "base", 0).probe.budget for name in STUDIES}
+    assert budgets == {"cifar10": 0.1, "cifar10-components": 0.1, "digits": 1.0}

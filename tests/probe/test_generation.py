@@ -179,6 +179,22 @@ def test_d_reads_the_loss_surface_alone(scale, energy, chosen):
         assert row["schedule"] == few[row["label"]].to_json()
 
 
+def test_d_leaves_out_a_loss_that_is_not_positive():
+    """Which only a poor fit gives: the log of a number near 0 would win."""
+
+    def errors(tau):
+        return torch.stack([0.4 - tau[..., 1], torch.ones_like(tau[..., 1])], -1)
+
+    rows = rank_by_loss(FOUR, errors, DENSITIES["uniform"], (1.0, 1.0), 0.4)
+    assert {row["label"] for row in rows} == set(FOUR)
+    rows = rank_by_loss(FOUR, lambda tau: errors(tau) - 0.1, DENSITIES["uniform"], (1.0, 0.5), 0.0)
+    assert rows
+    assert all(row["loss"] > 0 for row in rows)
+    assert {row["label"] for row in rows} < set(FOUR)
+    with pytest.raises(UserError, match="negative along every candidate"):
+        rank_by_loss(FOUR, errors, DENSITIES["uniform"], (1.0, 0.0), 0.4)
+
+
 @pytest.mark.parametrize(("gain", "moves"), [(0.02, False), (0.2, True)])
 def test_a_neighbour_must_be_better_than_its_noise(gain, moves):
     """Samples c + 1, c - 1, ... and c - 1, c + 1, ...: distances c^2 without error, whose difference has the noise

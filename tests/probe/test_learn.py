@@ -86,6 +86,27 @@ def test_every_estimator_end_to_end(estimator, tmp_path):
     assert not list(tmp_path.glob("*.part*"))
 
 
+@pytest.mark.parametrize(("estimator", "along"), [("B", False), ("C", True), ("D", True)])
+def test_whose_probe_is_trained_along_the_candidates(estimator, along, monkeypatch):
+    given = []
+    train = learn_module.train_surface_probe
+    monkeypatch.setattr(learn_module, "train_surface_probe", lambda *args: given.append(args[-1]) or train(*args))
+    learned(tiny_config(estimator=estimator, train_share=0.4))
+    learned(tiny_config(estimator=estimator, train_share=0.4, times="independent"))
+    assert [times is not None for times in given] == [along, False]
+
+
+def test_ds_energy_decides_and_is_ds_alone():
+    labels = [learned(tiny_config(estimator="D", train_share=0.4, loss_energy=e)).diagnostics["label"] for e in (0, 99)]
+    assert labels[0] != labels[1] == "synchronous"
+
+    def fingerprints(estimator):  # of what the trained probe depends on
+        configs = [tiny_config(estimator=estimator, loss_energy=energy) for energy in (0.4, 0.5)]
+        return {learn_module._fingerprint(config, LATENTS, 1e9) for config in configs}
+
+    assert [len(fingerprints(estimator)) for estimator in "ABCD"] == [1, 1, 1, 2]
+
+
 def test_deterministic_given_the_seed():
     config = tiny_config(estimator="C", train_share=0.4)
     first, second = learned(config), learned(config)

@@ -275,6 +275,19 @@ def test_candidates_by_the_loss_surface(make_run):
     assert "0.25" in text
 
 
+def test_a_run_that_did_not_start_from_scratch_says_so(make_run):
+    run = make_run("schedule.baselines=synchronous")
+    write_report(run)
+    assert "not from scratch" not in read_page(run).text
+    (run.path / "start.safetensors").write_bytes(b"weights")
+    write_report(run)
+    text = read_page(run).text
+    assert "learned started from the weights in its start.safetensors, not from scratch." in text
+    assert "synchronous started" not in text
+    assert f"fastasync convert {run.path / 'start.safetensors'} {run.path} --to ours --preset digits" in text
+    assert "note: learned started from the weights" in comparison_table(run)
+
+
 def test_text_is_escaped_everywhere(make_run):
     run = make_run("data.root=<b>&'\"", "schedule.baselines=", folder="a <i> & $x$ 'b'")
     manifest = {"parts": {"<u>": {"<s>": 1.5}}, "identity": {"dataset": "<em>"}}

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from fastasync import stages
 from fastasync.config import config_from_dict
 from fastasync.errors import UserError
+from fastasync.model import train_flops
 from fastasync.optim import FusedAdamW, build_optimizer
 from fastasync.training import PlainEngine, build_model, engine, graph
 from fastasync.training.build import prepare_sampling
@@ -162,6 +163,16 @@ def test_who_gets_a_recording(monkeypatch):
     assert not wants_graph("off", cuda, fused, 1.0, "fp8")
     with pytest.raises(UserError, match="compiled AdamW"):
         wants_graph("on", cuda, torchs, 1.0, "bf16")
+
+
+def test_a_part_of_a_divided_batch_decides(tiny, monkeypatch):
+    """It has as many launches as a whole one."""
+    asked = []
+    monkeypatch.setattr(engine, "wants_graph", lambda choice, device, optimizer, flops, precision: asked.append(flops))
+    monkeypatch.setattr(engine, "to_be_watched", lambda choice, flops, precision: asked.append(flops))
+    for parts in (1, 4):
+        PlainEngine(build_model(tiny()), tiny(train=dict(batch=8, accumulate=parts)), torch.device("cpu"))
+    assert asked[0] == asked[1] == 4 * asked[2] == 4 * asked[3] == 8 * train_flops(build_model(tiny()))
 
 
 def test_on_is_refused_without_cuda(tiny):
