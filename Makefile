@@ -33,8 +33,8 @@ venv: $(VENV)/.installed ## install what the main job needs into .venv
 demo: $(VENV)/.installed ## the main job on scikit-learn's digits: prepare, probe, train, sample, evaluate, report
 	$(BIN)/fastasync run --preset digits --out $(OUT)/digits
 
-test: $(VENV)/.installed-dev ## all tests that need no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(VENV)/.installed-dev ## all tests that need no GPU, and use none: kernels run in Triton's interpreter
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/.installed-quack ## on a CUDA device: every kernel and optimizer test compiled, then all others that need one
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu needs a CUDA device')"
