@@ -3,8 +3,8 @@
 From the rows of the study (no GPU, no training): of its fixed schedules the one with the least ``log L + energy x KE``
 on each probe's surface (L: the corrected loss along the schedule, KE: its kinetic energy), for several weights, how far
 its trained network is above the best one (100 times the log of FID, mean over the headline samplers, the scan's seeds),
-and the mean rank correlation with the trained order.  Beside it C's rule on the same probes (the log of the distance in
-the place of log L), and one schedule for all.
+and the mean rank correlation with the trained order.  Beside it B's ``L + beta KE`` over the same schedules, C's rule
+on the same probes (the log of the distance in the place of log L), and one schedule for all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastasync.probe.learn import chosen_beta
 from fastasync.schedule import kinetic_energy, named_schedule
 
 ENERGIES = (0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.7)
+BETAS = (0.03, 0.1, 0.2, 0.3)
 RESULTS = Path(__file__).resolve().parents[1] / "science" / "results"
 Values = dict[str, float]  # by schedule
 
@@ -88,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{preset}: {len(losses)} probes; always {always}")
         for energy in ENERGIES:
             print(f"  energy {energy:g}: {describe([scores(each, kinetics, energy) for each in losses], above)}")
+        for beta in BETAS:
+            sums = [{name: each[name] + beta * kinetics[name] for name in kinetics} for each in losses]
+            print(f"  L + beta KE, beta {beta:g}: {describe(sums, above)}")
         energy = study.common().probe.energy
         said = describe([scores(each, kinetics, energy) for each in distances], above)
         print(f"  C, energy {energy:g}: {said}")
