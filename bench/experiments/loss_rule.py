@@ -10,14 +10,16 @@ on the same probes (the log of the distance in the place of log L), and one sche
 from __future__ import annotations
 
 import argparse
-import csv
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from bench.science.plan import DONE, Ledger
 from bench.science.specs import STUDIES, Study
 from bench.science.statistics import spearman
+from fastasync.probe.generation import gentle_score
 from fastasync.probe.learn import chosen_beta
 from fastasync.schedule import kinetic_energy, named_schedule
 
@@ -27,43 +29,32 @@ RESULTS = Path(__file__).resolve().parents[1] / "science" / "results"
 Values = dict[str, float]  # by schedule
 
 
-def kinetic(study: Study, name: str) -> float:
-    """KE of a fixed schedule on the study's representations."""
+def kinetic_energies(study: Study) -> Values:
+    """KE of the study's fixed schedules on its representations."""
     representations = study.common().representations
-    return float(kinetic_energy(named_schedule(name, representations.names, representations.roles)))
+    schedules = {name: named_schedule(name, representations.names, representations.roles) for name in study.fixed}
+    return {name: float(kinetic_energy(schedule)) for name, schedule in schedules.items()}
 
 
-def ranked(study: Study, folder: Path, column: str) -> dict[tuple[str, int], Values]:
-    """What each probe says of every fixed schedule: (variant, seed) -> schedule -> value.
-
-    ``column``: ``objective``, whose rows hold ``L + beta KE``, gives L; ``distance`` is C's.
-    """
-    beta = chosen_beta(study.common().probe.beta) if column == "objective" else 0.0
+def ranked(ledger: Ledger, column: str) -> dict[tuple[str, int], Values]:
+    """What each probe says of every fixed schedule: (variant, seed) -> schedule -> the column's number."""
     found: dict[tuple[str, int], Values] = defaultdict(dict)
-    with open(folder / "probes.csv", newline="") as stream:
-        for row in csv.DictReader(stream):
-            if row["status"] == "done" and row["schedule"] in study.fixed:
-                value = float(row[column]) - beta * kinetic(study, row["schedule"])
-                found[row["variant"], int(row["seed"])][row["schedule"]] = value
+    for row in ledger.ranks.rows.values():
+        if row["status"] == DONE and row["schedule"] in ledger.study.fixed:
+            found[row["variant"], int(row["seed"])][row["schedule"]] = ledger.fact(row, column)
     return dict(found)
 
 
-def trained(study: Study, folder: Path, first_seed: int = 100) -> dict[str, float]:
-    """Mean log FID of each fixed schedule's networks of the scan (seeds from ``first_seed`` on)."""
-    found = defaultdict(list)
-    with open(folder / "runs.csv", newline="") as stream:
-        for row in csv.DictReader(stream):
-            usual = (row["size"], row["objective"], row["representations"], row["start"])
-            scan = int(row["seed"]) >= first_seed and int(row["step"]) == study.steps
-            figures = [row.get(f"fid_{sampler}") for sampler in study.headline]
-            if scan and usual == ("base", "corrected", "pair", "scratch") and all(figures):
-                found[row["schedule"]].append(sum(math.log(float(value or 1)) for value in figures) / len(figures))
-    return {name: sum(values) / len(values) for name, values in found.items() if name in study.fixed}
+def trained(ledger: Ledger) -> Values:
+    """Mean over the headline samplers and the scan's seeds of log FID, of each fixed schedule that has them all."""
+    scans = [ledger.scan(sampler) for sampler in ledger.study.headline]
+    logs = {name: [np.log(scan[name]).mean() for scan in scans if scan[name]] for name in ledger.study.fixed}
+    return {name: float(np.mean(values)) for name, values in logs.items() if len(values) == len(scans)}
 
 
 def scores(values: Values, kinetics: Values, energy: float) -> Values:
     """``log value + energy x KE`` of each schedule."""
-    return {name: math.log(values[name]) + energy * kinetics[name] for name in kinetics}
+    return {name: gentle_score(values[name], kinetics[name], energy) for name in kinetics}
 
 
 def describe(found: Sequence[Values], above: Values) -> str:
@@ -71,8 +62,8 @@ def describe(found: Sequence[Values], above: Values) -> str:
     chosen = [min(each, key=each.__getitem__) for each in found]
     order = [spearman([each[name] for name in above], list(above.values())) for each in found]
     mean, worst = sum(map(above.__getitem__, chosen)) / len(chosen), max(map(above.__getitem__, chosen))
-    counts = {name: chosen.count(name) for name in sorted(set(chosen), key=chosen.count, reverse=True)}
-    said = ", ".join(f"{name} ({above[name]:.1f}) {count} times" for name, count in counts.items())
+    counts = Counter(chosen).most_common()
+    said = ", ".join(f"{name} ({above[name]:.1f}) {count} times" for name, count in counts)
     return f"{mean:.1f} above the best on average, {worst:.1f} at most, order {sum(order) / len(order):+.2f}: {said}"
 
 
@@ -80,10 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = argparse.ArgumentParser(prog="bench.experiments.loss_rule", description=__doc__)
     top.add_argument("--preset", choices=STUDIES, action="append", help="default: all")
     for preset in top.parse_args(argv).preset or STUDIES:
-        study, folder = STUDIES[preset], RESULTS / preset
-        losses, distances = (list(ranked(study, folder, column).values()) for column in ("objective", "distance"))
-        quality = trained(study, folder)
-        kinetics = {name: kinetic(study, name) for name in quality}
+        ledger = Ledger(STUDIES[preset], [], RESULTS / preset)
+        quality, probe = trained(ledger), ledger.study.common().probe
+        kinetics = {name: value for name, value in kinetic_energies(ledger.study).items() if name in quality}
+        beta = chosen_beta(probe.beta)  # the rows hold L + beta KE
+        losses = [
+            {name: each[name] - beta * kinetics[name] for name in kinetics}
+            for each in ranked(ledger, "objective").values()
+        ]
         above = {name: 100 * (value - min(quality.values())) for name, value in quality.items()}
         always = ", ".join(f"{name} {above[name]:.1f}" for name in ("synchronous", "power:2"))
         print(f"{preset}: {len(losses)} probes; always {always}")
@@ -92,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for beta in BETAS:
             sums = [{name: each[name] + beta * kinetics[name] for name in kinetics} for each in losses]
             print(f"  L + beta KE, beta {beta:g}: {describe(sums, above)}")
-        energy = study.common().probe.energy
-        said = describe([scores(each, kinetics, energy) for each in distances], above)
-        print(f"  C, energy {energy:g}: {said}")
+        found = [scores(each, kinetics, probe.energy) for each in ranked(ledger, "distance").values()]
+        print(f"  C, energy {probe.energy:g}: {describe(found, above)}")
     return 0
 
 

@@ -28,7 +28,7 @@ from fastasync.files import load_tensors, write_json
 from fastasync.inputs import Inputs, Reference, open_inputs
 from fastasync.probe import LossSurface, ProbeResult, learn_schedule, line_loss, probe_plan
 from fastasync.probe.generation import gaussian_statistics
-from fastasync.probe.learn import NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights, search_method
+from fastasync.probe.learn import ERRORS, NETWORK, NETWORK_FACTS, chosen_beta, probe_loss_weights, search_method
 from fastasync.probe.network import autocast, build_probe
 from fastasync.run import Run
 from fastasync.schedule import Schedule, kinetic_energy, load_schedule, named_schedule, save_schedule
@@ -178,7 +178,7 @@ class Workshop:
         folder = self.probe_folder(estimator, variant, seed, "pair")
         remedy = f"remove {folder} and run the same command again"
         tensors = load_tensors(folder / NETWORK, read_json(folder / NETWORK_FACTS, remedy)["sha256"], remedy)
-        surface = LossSurface.fit(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
+        surface = LossSurface.fit(*(tensors.pop(name) for name in ERRORS))
         network = build_probe(config, self.device)
         network.load_state_dict(tensors)
         return network.eval().requires_grad_(False), surface

@@ -247,7 +247,7 @@ def rank_by_loss(
             }
         )
     if not rows:
-        remedy = "leaves too few errors: the fitted loss is negative along every candidate; multiply it"
+        remedy = "leaves too few errors (the fitted loss is negative along every candidate): raise it"
         raise UserError("probe.budget", None, remedy)
     return sorted(rows, key=lambda row: row["score"])
 

@@ -47,6 +47,7 @@ from fastasync.training.interrupt import only_process
 from fastasync.training.out_of_memory import explained_batch
 
 RESULT, SURFACE, NETWORK, NETWORK_FACTS = "probe.json", "surface.npz", "network.safetensors", "network.json"
+ERRORS = ("errors.tau", "errors.errors")  # in NETWORK, beside the weights
 PLANNED = "train.steps"  # whose share the budget is
 MAX_FIT = 200_000  # errors to fit a surface of a few dozen coefficients to: more would not change it
 MIN_FIT = 512
@@ -385,7 +386,7 @@ def _trained(job: _Job) -> Errors:
     facts = None if job.folder is None else read_facts(job.folder / NETWORK_FACTS, job.about["fingerprint"])
     if job.folder is not None and facts is not None:
         tensors = load_tensors(job.folder / NETWORK, facts["sha256"], f"remove {job.folder} and run the probe again")
-        errors = Errors(tensors.pop("errors.tau"), tensors.pop("errors.errors"))
+        errors = Errors(*(tensors.pop(name) for name in ERRORS))
         job.network.load_state_dict(tensors)
         job.network.eval()
         budget.flops, budget.seconds = dict(facts["flops"]), dict(facts["seconds"])
@@ -420,7 +421,7 @@ def _trained(job: _Job) -> Errors:
             progress=job.progress,
         )
     if job.folder is not None:
-        kept = {**job.network.state_dict(), "errors.tau": errors.tau, "errors.errors": errors.errors}
+        kept = {**job.network.state_dict(), **dict(zip(ERRORS, errors))}
         digest = save_tensors(job.folder / NETWORK, kept)
         write_json(
             job.folder / NETWORK_FACTS,

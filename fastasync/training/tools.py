@@ -9,12 +9,14 @@ from pathlib import Path
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastasync.config import Config, apply_settings, config_from_dict
 from fastasync.errors import UserError
 from fastasync.files import atomic_path, save_tensors
 from fastasync.model import export_state, load_into, load_state
+from fastasync.model.importer import check_fits
+from fastasync.probe.learn import ERRORS
 from fastasync.run import Run, begin_config
 from fastasync.training import checkpoint
 from fastasync.training.build import build_model
@@ -82,33 +84,36 @@ def adopt(args: argparse.Namespace, ema: bool = True) -> Path:
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
-    state = completed(load_state(args.checkpoint, "ema" if ema else "model"), config, str(args.checkpoint))
-    load_into(model, state, source=str(args.checkpoint))
+    source = str(args.checkpoint)
+    state = completed(load_state(args.checkpoint, "ema" if ema else "model"), model, config, source)
+    load_into(model, state, source=source)
     Run(args.out, config).create()
     save_tensors(args.out / START, model.state_dict())
     return args.out / START
 
 
-def completed(state: dict[str, Tensor], config: Config, source: str) -> dict[str, Tensor]:
-    """``state``; a probe's weights without the errors beside them, and with the run's own new REPA projector.
+def completed(state: dict[str, Tensor], model: nn.Module, config: Config, source: str) -> dict[str, Tensor]:
+    """What ``model``, the run's network (on any device), is to start from: ``state``, or where that is a probe's its
+    weights without the errors beside them, and with the run's own new REPA projector.
 
-    Raises UserError for a probe of another shape than the run's network.
+    Raises UserError for a probe of another shape than the network.
     """
-    errors = {"errors.tau", "errors.errors"}
-    if not errors <= state.keys():
+    if not set(ERRORS) <= state.keys():
         return state
-    torch.manual_seed(config.data.seed)
-    fresh = build_model(config).state_dict()
-    projector = {name: value for name, value in fresh.items() if name.startswith("repa_projector.")}
-    found = projector | {name: value for name, value in state.items() if name not in errors}
-    shapes = [{name: value.shape for name, value in each.items()} for each in (found, fresh)]
-    if shapes[0] != shapes[1]:
+    weights = {name: value for name, value in state.items() if name not in ERRORS}
+    if projector := [name for name in model.state_dict() if name.startswith("repa_projector.")]:
+        torch.manual_seed(config.data.seed)
+        fresh = build_model(config).state_dict()
+        weights |= {name: fresh[name] for name in projector}
+    try:
+        check_fits(model, weights, source)
+    except UserError:
         remedy = (
             "is of another shape than the run's network: learn the schedule in a new --out with probe.depth, "
             "probe.width and probe.heads as the network's"
         )
-        raise UserError("the probe", source, remedy)
-    return found
+        raise UserError("the probe", source, remedy) from None
+    return weights
 
 
 def verify_command(args: argparse.Namespace) -> int:
