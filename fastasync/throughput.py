@@ -101,8 +101,9 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = [f"{by} {_COMPILED[train.compile]}"]
     looks = ["ours auto"] if train.compile == "regional" else []
-    # of several ranks `auto` records nothing
-    records = by == "ours" and (gpus == 1 or train.cuda_graph == "on")
+    # of several ranks those of ZeRO 1, by `auto` only without settings of DeepSpeed's
+    several = train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
+    records = by == "ours" and (gpus == 1 or several)
     if records and launch_bound(train.cuda_graph, flops * batch, LAUNCH_BOUND):
         wanted = [f"ours {_RECORDED[train.compile]}", *looks]
     elif records and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND):

@@ -198,7 +198,7 @@ def test_recorded_steps_count_for_who_records(results, compiled, variant):
 
 
 def test_steps_that_auto_looks_at(results):
-    """Of one rank it records those that launches bind, of divided batches too; of several none."""
+    """It records those that launches bind, of divided batches too; of several ranks those of ZeRO 1."""
     names = ("ours auto", "ours fp8 auto", "ours regional", "ours fp8")
     shape = "batch 64, 48x16x16"
     found = measured_steps(
@@ -209,8 +209,11 @@ def test_steps_that_auto_looks_at(results):
         assert choose_step(one, XL, found).variant == recorded
         assert choose_step(apply_settings(one, ("train.cuda_graph=off",)), XL, found).variant == plain
         four = apply_settings(one, ("train.batch=256",))
-        assert choose_step(four, XL, found, gpus=4).variant == plain
-        assert choose_step(apply_settings(four, ("train.cuda_graph=on",)), XL, found, gpus=4).variant == recorded
+        assert choose_step(four, XL, found, gpus=4).variant == recorded
+        for settings in (("train.zero=2",), ("train.deepspeed_config=its.json",), ("train.cuda_graph=off",)):
+            assert choose_step(apply_settings(four, settings), XL, found, gpus=4).variant == plain
+        its = ("train.deepspeed_config=its.json", "train.cuda_graph=on")
+        assert choose_step(apply_settings(four, its), XL, found, gpus=4).variant == recorded
         assert choose_step(apply_settings(four, ("train.accumulate=4",)), XL, found).variant == recorded
 
 

@@ -247,10 +247,6 @@ STUDIES = {
             "small": ("probe.depth=2", "probe.width=64", "probe.heads=2"),
             "wide": ("probe.depth=4", "probe.width=256", "probe.heads=8"),
             "main shape": ("probe.depth=8", "probe.width=256", "probe.heads=8", "probe.budget=0.1"),
-            "as dear as the run": (
-                *("probe.depth=8", "probe.width=256", "probe.heads=8"),
-                *("probe.lr=4e-4", "probe.budget=1.0"),
-            ),
             "for 3 steps": ("probe.sampling_steps=3",),
             "for 25 steps": ("probe.sampling_steps=25",),
         },
@@ -307,6 +303,5 @@ STUDIES["cifar10-components"] = replace(
     fixed=("synchronous", *(f"offset:0.{tenths}" for tenths in (2, 3, 4, 6, 8)), *_POWERS[:4]),
     integrators=tuple(_integrators(intervals, (0.06, 0.12, 0.2)) for intervals in (9, 25)),
     third=("representations.names=texture,lowfreq,semantic", "representations.channels=24,3,16", _THIRD_ROLES),
-    probes={name: changes for name, changes in _CIFAR10.probes.items() if name != "as dear as the run"},
     members=0,  # question 9 trains its shapes alone
 )

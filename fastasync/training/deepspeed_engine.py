@@ -12,10 +12,11 @@ rank holds the float32 ones of its shard: 2 + 2 + 16 / N and 2 + (4 + 16) / N.  
 
 In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and no wait of the host.
 
-In stage 1 with our reduction, forward and backward may be replayed from a CUDA graph (``train.cuda_graph=on``):
-launches bind steps of few images a rank.  A recording holds no collective, so a rank without room for it goes on
-without.  Such a step goes around DeepSpeed's engine, whose timers, counters and monitors do not see it, and keeps the
-memory that gradients are reduced in, 4 + 4 / N bytes a parameter, beside the recording's.
+In stage 1 with our reduction, forward and backward may be replayed from a CUDA graph (``train.cuda_graph``): launches
+bind steps of few images a rank.  A recording holds no collective, so a rank without room for it goes on without.  Such
+a step goes around DeepSpeed's engine, whose timers, counters and monitors do not see it (so ``auto`` leaves it alone
+where a JSON is given), and keeps the memory that gradients are reduced in, 4 + 4 / N bytes a parameter, beside the
+recording's.
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
@@ -43,7 +44,7 @@ from torch.torch_version import TorchVersion
 from fastasync.config import Config
 from fastasync.distributed import TIMEOUT, session
 from fastasync.errors import UserError, not_installed, require
-from fastasync.model import LightningDiT
+from fastasync.model import LightningDiT, train_flops
 from fastasync.optim import build_optimizer
 from fastasync.training.build import choose_autocast, choose_device, prepare_model, use_working_weights
 from fastasync.training.checkpoint import EMA, MODEL, read_tensors, stream_tensors
@@ -57,7 +58,7 @@ from fastasync.training.engine import (
     compile_in_place,
     split_positions,
 )
-from fastasync.training.graph import GraphedStep, Part, wants_graph
+from fastasync.training.graph import GraphedStep, Part, to_be_watched, wants_graph
 
 T = TypeVar("T")
 OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
@@ -149,8 +150,14 @@ class DeepSpeedEngine:
         self._trained = trained
         self._graphed: GraphedStep | None = None
         self._graded: list[nn.Parameter] = []  # those that a step gives gradients
-        # whether steps go around DeepSpeed's engine, which cannot be recorded; not by auto before it has run on GPUs
-        self._around = train.cuda_graph == "on" and wants_graph("on", device, self.optimizer, 0.0, train.precision)
+        flops = train_flops(self.model) * part
+        self._watch = to_be_watched(train.cuda_graph, flops, train.precision)
+        # whether steps go around DeepSpeed's engine, which cannot be recorded
+        self._around = (
+            (self.stage == 1 and self._reduces)
+            and (train.cuda_graph == "on" or not train.deepspeed_config)
+            and wants_graph(train.cuda_graph, device, self.optimizer, flops, train.precision)
+        )
         if self._around:
             self._shards.keep()  # a recording may leave no more than it needs itself
 
@@ -193,7 +200,11 @@ class DeepSpeedEngine:
             return compute(step, parts), self.step(lr, limit)
         if self._graphed is None:
             self._graphed = GraphedStep(
-                lambda step, parts: self._gradients(compute, step, parts), self.device, undo=self._forget
+                lambda step, parts: self._gradients(compute, step, parts),
+                self.device,
+                undo=self._forget,
+                careful=self._train.cuda_graph == "auto",
+                watch=self._watch,
             )
         values, *gradients = self._graphed(step, parts)
         for p, gradient in zip(self._graded, gradients, strict=True):  # of a replay: in the recording's memory

@@ -59,6 +59,7 @@ STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
 RECORDED = {  # name: of which stage, and the event
     "zero1-recorded": ("zero1", "recorded"),
     "zero1-bf16-recorded": ("zero1-bf16-undivided", "recorded"),
+    "zero1-auto": ("zero1", "recorded"),
     "zero1-full": ("zero1", "full memory"),
 }
 RESUMED = ("zero1", "zero2", "zero3-sharded", "zero2-bf16-undivided")  # those of them that are stopped on the way too
@@ -100,8 +101,13 @@ def runs(tmp_path_factory):
         for name, (of, event) in RECORDED.items():
             # DeepSpeed's timers, which are not for who goes around it, must not be left running
             (folder / f"{name}.json").write_text(json.dumps({"wall_clock_breakdown": True}))
-            config = train_fields(**STAGES[of][0], cuda_graph="on", deepspeed_config=str(folder / f"{name}.json"))
+            graph = dict(cuda_graph="on", deepspeed_config=str(folder / f"{name}.json"))
+            if "auto" in name:
+                graph = dict(cuda_graph="auto")
+            config = train_fields(**STAGES[of][0], **graph)
             jobs.append(dict(name=name, out=folder / name, config=config, event=event))
+        left = train_fields(zero=1, deepspeed_config=str(folder / "zero1-recorded.json"))
+        jobs.append(dict(name="left", out=folder / "left", config=left, event="recorded"))
         skips = train_fields(steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3, zero=1)
         jobs.append(dict(name="skips zero1", out=folder / "skips1", config=skips))
         skips = train_fields(steps=24, log_every=4, max_norm_ratio=1.2, clip=0.0, lr=1e-3, zero=0)
@@ -146,6 +152,13 @@ def test_no_node_of_autograd_outlives_a_step(runs, name):
     """It would stay bound to the stream that it was made on, which a recording must not touch."""
     _, results = runs
     assert [result["nodes"] for result in results[name]] == [0, 0]
+
+
+def test_auto_leaves_steps_to_deepspeed_where_its_settings_are_given(runs):
+    """They may ask for what only its engine does: timers, monitors."""
+    folder, results = runs
+    assert [result["recorded"] for result in results["left"]] == [0, 0]
+    assert_same(folder / "left", folder / "zero1", rtol=1e-6, atol=1e-8)
 
 
 def test_who_reduces_is_said_where_a_json_decides_it(runs):
