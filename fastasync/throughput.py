@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastasync.config import Config
+from fastasync.config import Config, Train
 from fastasync.training.graph import LAUNCH_BOUND, MAYBE_BOUND, launch_bound
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
@@ -101,9 +101,7 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = [f"{by} {_COMPILED[train.compile]}"]
     looks = ["ours auto"] if train.compile == "regional" else []
-    # of several ranks those of ZeRO 1, by `auto` only without settings of DeepSpeed's
-    several = train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
-    records = by == "ours" and (gpus == 1 or several)
+    records = by == "ours" and (gpus == 1 or _ranks_record(train))
     if records and launch_bound(train.cuda_graph, flops * batch, LAUNCH_BOUND):
         wanted = [f"ours {_RECORDED[train.compile]}", *looks]
     elif records and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND):
@@ -125,12 +123,19 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     return min(newest_first, key=distance, default=None)
 
 
+def _ranks_record(train: Train) -> bool:
+    """Whether steps of several ranks are recorded where ``train.cuda_graph`` asks for it: under ZeRO 1, by ``auto``
+    only without settings of DeepSpeed's."""
+    return train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
+
+
 def choose_ranks(config: Config, flops: int, rows: Sequence[Measured], gpus: int) -> Measured | None:
     """Of ``measured_ranks`` the one that a run on ``gpus`` is like: its network in bf16, the nearest batch on a GPU."""
     train = config.train
     if train.precision not in ("auto", "bf16") or config.model.kernels == "reference":
         return None
-    batch, recorded = train.batch / (gpus * train.accumulate), train.cuda_graph == "on"
+    batch = train.batch / (gpus * train.accumulate)
+    recorded = _ranks_record(train) and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND)
 
     def distance(row: Measured) -> tuple[float, bool]:
         return row.away(batch), row.variant.endswith("recorded") != recorded
