@@ -75,9 +75,20 @@ def make_types_once(interpreter):
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 
 
+def take_one_number_for_an_index(interpreter):
+    """Triton 3.6 takes int() of an array of one number, which is an error of numpy's since 2.4; 3.7 does this."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_ours(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_ours
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    patch_the_language_once(importlib.import_module("triton.runtime.interpreter"))
-    make_types_once(importlib.import_module("triton.runtime.interpreter"))
+    for adapt in (patch_the_language_once, make_types_once, take_one_number_for_an_index):
+        adapt(importlib.import_module("triton.runtime.interpreter"))
 
 
 def pytest_collection_modifyitems(items):
