@@ -271,7 +271,7 @@ _IMAGENET = ("imagenet256", "autoguidance")  # what these presets' names begin w
 _BEFORE: dict[tuple[str, str], tuple[Any, tuple[str, ...]]] = {
     ("train", "max_norm_ratio"): (0.0, _IMAGENET),
     ("probe", "estimator"): ("B", _IMAGENET),
-    ("probe", "budget"): (0.1, ("cifar10-components",)),
+    ("probe", "budget"): (0.1, ("cifar10",)),
 }
 
 
