@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +79,13 @@ def measured_steps(folder: Path = RESULTS) -> list[Measured]:
     return [found for row in _rows(folder, "step") if (found := _measured(row))]
 
 
-def measured_ranks(zero: int, folder: Path = RESULTS) -> list[Measured]:
-    """Every step of several GPUs under ZeRO ``zero`` with our reduction; images/s of one of them."""
+def measured_ranks(stages: Collection[int], folder: Path = RESULTS) -> list[Measured]:
+    """Every step of several GPUs under these stages of ZeRO with our reduction; images/s of one GPU."""
+    names = [f"zero {stage}{which}" for stage in stages for which in ("", " strong")]
     found = []
     for row in _rows(folder, "scaling"):
         several = _ON_SEVERAL.search(row.get("case") or "")
-        ours = (row.get("variant") or "").removesuffix(" recorded") in (f"zero {zero}", f"zero {zero} strong")
+        ours = (row.get("variant") or "").removesuffix(" recorded") in names
         if several and ours and "zero_optimization" not in (row.get("note") or ""):
             found.append(_measured(row, int(several[1])))
     return [each for each in found if each]
@@ -101,7 +102,7 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     by = "pytorch" if config.model.kernels == "reference" else "ours"
     wanted = [f"{by} {_COMPILED[train.compile]}"]
     looks = ["ours auto"] if train.compile == "regional" else []
-    records = by == "ours" and (gpus == 1 or _ranks_record(train))
+    records = by == "ours" and _may_record(train, gpus)
     if records and launch_bound(train.cuda_graph, flops * batch, LAUNCH_BOUND):
         wanted = [f"ours {_RECORDED[train.compile]}", *looks]
     elif records and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND):
@@ -123,24 +124,31 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
     return min(newest_first, key=distance, default=None)
 
 
-def _ranks_record(train: Train) -> bool:
-    """Whether steps of several ranks are recorded where ``train.cuda_graph`` asks for it: under ZeRO 1, by ``auto``
-    only without settings of DeepSpeed's."""
-    return train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
+def _may_record(train: Train, gpus: int) -> bool:
+    """Whether steps are recorded where ``train.cuda_graph`` asks for it: those of several ranks under ZeRO 1, by
+    ``auto`` only without settings of DeepSpeed's."""
+    ours = train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
+    return train.optimizer in ("auto", "fused") and (gpus == 1 or ours)
 
 
 def choose_ranks(config: Config, flops: int, rows: Sequence[Measured], gpus: int) -> Measured | None:
-    """Of ``measured_ranks`` the one that a run on ``gpus`` is like: its network in bf16, the nearest batch on a GPU."""
+    """The row of several GPUs that a run on ``gpus`` is like: its network in bf16, the nearest batch on a GPU.
+
+    ``rows``: of ``measured_ranks``, of the run's ZeRO and of ZeRO 1, which stands in for others.  A run that records
+    nothing is like no row of recorded steps.
+    """
     train = config.train
     if train.precision not in ("auto", "bf16") or config.model.kernels == "reference":
         return None
     batch = train.batch / (gpus * train.accumulate)
-    recorded = _ranks_record(train) and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND)
+    recorded = _may_record(train, gpus) and launch_bound(train.cuda_graph, flops * batch, MAYBE_BOUND)
 
-    def distance(row: Measured) -> tuple[float, bool]:
-        return row.away(batch), row.variant.endswith("recorded") != recorded
+    def distance(row: Measured) -> tuple[float, bool, bool]:
+        own = row.variant.startswith(f"zero {train.zero}")
+        return row.away(batch), row.variant.endswith("recorded") != recorded, not own
 
     same = [row for row in rows if abs(row.flops / flops - 1) < _SAME]
+    same = [row for row in same if recorded or not row.variant.endswith("recorded")]
     return min(sorted(same, key=lambda row: row.date, reverse=True), key=distance, default=None)
 
 
@@ -151,7 +159,7 @@ def expected_hours(config: Config, flops: int, gpus: int, folder: Path = RESULTS
     """
     rows, train = measured_steps(folder), config.train
     row, of_many = choose_step(config, flops, rows), choose_step(config, flops, rows, gpus)
-    ranks = choose_ranks(config, flops, measured_ranks(train.zero, folder), gpus)
+    ranks = choose_ranks(config, flops, measured_ranks({train.zero, 1}, folder), gpus)
     each = train.batch / (gpus * train.accumulate)
     if ranks and of_many and ranks.away(each) <= of_many.away(each):
         of_many = ranks

@@ -198,7 +198,8 @@ def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys)
         assert f"max_norm_ratio: {ratio}" in capsys.readouterr().out
     assert main([*command[:4], str(tmp_path / "new"), "--dry-run"]) == 0
     assert "max_norm_ratio: 10.0" in capsys.readouterr().out
-    for name, setting in (("imagenet256-xl-sfd", "probe.estimator=B"), ("cifar10", "probe.budget=0.1")):
+    smaller = [(name, "probe.budget=0.1") for name in ("cifar10", "cifar10-components")]
+    for name, setting in (("imagenet256-xl-sfd", "probe.estimator=B"), *smaller):
         begun = apply_settings(preset(name), [setting])
         assert differences(preset(name), begun) == [setting.split("=")[0]]
         assert differences(keep_begun(preset(name), begun), begun) == []

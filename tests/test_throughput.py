@@ -83,6 +83,7 @@ def test_steps_of_several_gpus_tell_more_of_several(results):
         two(32, 70, case="XL on 1", variant="plain", date="2026-11-27 01:00:00"),
         two(32, 150, variant="zero 2"),
         two(32, 490, variant="zero 1 recorded"),
+        two(256, 450, variant="zero 1 recorded"),  # as auto does not at 256 images
     ]
     alone = ({}, {"shape": "batch 64, 48x16x16", "images_per_s": 450}, {"variant": "ours fp8", "dtype": "fp8"})
     folder, config = results(*alone, *rows), preset("imagenet256-xl")
@@ -96,12 +97,15 @@ def test_steps_of_several_gpus_tell_more_of_several(results):
     assert "from 270 img/s on one gpu-9 (XL on 2, zero 1, batch 32 a GPU; 2026-11-26" in about
     assert "on each; beyond so many perfect scaling is assumed; 32 images on each GPU" in about
     assert eight("train.zero=2")[0] == pytest.approx(whole / (8 * 150), rel=5e-3)
+    found, about = eight("train.zero=3")  # has no row: ZeRO 1's that is not recorded
+    assert found == pytest.approx(whole / (8 * 270), rel=5e-3)
+    assert "zero 1, batch 32 a GPU" in about
     for settings in ((), ("train.cuda_graph=on",)):  # auto looks at such steps
         assert eight(*settings)[0] == pytest.approx(whole / (8 * 490), rel=5e-3)
     assert eight("train.deepspeed_config=its.json")[0] == pytest.approx(whole / (8 * 270), rel=5e-3)
     assert eight("train.batch=2048")[0] == pytest.approx(8 * whole / (8 * 400), rel=5e-3)
-    for setting in ("train.zero=0", "train.precision=fp8"):
-        assert "perfect scaling is assumed, not measured" in eight(setting)[1]
+    assert eight("train.batch=2048", "train.cuda_graph=on")[0] == pytest.approx(8 * whole / (8 * 450), rel=5e-3)
+    assert "perfect scaling is assumed, not measured" in eight("train.precision=fp8")[1]
     one, _ = hours(expected_hours(config, XL, 8, folder), 1)
     assert one == pytest.approx(whole / 500, rel=5e-3)
     small = apply_settings(config, ("model.size=B",))  # another network: no row of several GPUs
@@ -212,7 +216,8 @@ def test_steps_that_auto_looks_at(results):
         assert choose_step(apply_settings(one, ("train.cuda_graph=off",)), XL, found).variant == plain
         four = apply_settings(one, ("train.batch=256",))
         assert choose_step(four, XL, found, gpus=4).variant == recorded
-        for settings in (("train.zero=2",), ("train.deepspeed_config=its.json",), ("train.cuda_graph=off",)):
+        others = ("train.zero=2", "train.zero=0", "train.deepspeed_config=its.json", "train.cuda_graph=off")
+        for settings in ((each,) for each in (*others, "train.optimizer=torch")):
             assert choose_step(apply_settings(four, settings), XL, found, gpus=4).variant == plain
         its = ("train.deepspeed_config=its.json", "train.cuda_graph=on")
         assert choose_step(apply_settings(four, its), XL, found, gpus=4).variant == recorded

@@ -13,10 +13,10 @@ rank holds the float32 ones of its shard: 2 + 2 + 16 / N and 2 + (4 + 16) / N.  
 In stages 0 to 2 our update clips: it needs no pass over the gradients of its own for that, and no wait of the host.
 
 In stage 1 with our reduction, forward and backward may be replayed from a CUDA graph (``train.cuda_graph``): launches
-bind steps of few images a rank.  A recording holds no collective, so a rank without room for it goes on without.  Such
-a step goes around DeepSpeed's engine, whose timers, counters and monitors do not see it (so ``auto`` leaves it alone
-where a JSON is given), and keeps the memory that gradients are reduced in, 4 + 4 / N bytes a parameter, beside the
-recording's.
+bind steps of few images a rank, and fp8's.  A recording holds no collective; where a rank has no room for it, or gains
+nothing by it, all go on without.  Steps that may be recorded go around DeepSpeed's engine, whose timers, counters and
+monitors do not see them (so ``auto`` leaves them alone where a JSON is given).  With a recording the memory that
+gradients are reduced in is kept, 4 + 4 / N bytes a parameter.
 
 A checkpoint is the plain engine's, whatever the stage and the number of ranks: the full tensors travel to rank 0 one
 by one and are written as they come, so saving holds one parameter more than training does.  It costs, for each
@@ -152,14 +152,12 @@ class DeepSpeedEngine:
         self._graded: list[nn.Parameter] = []  # those that a step gives gradients
         flops = train_flops(self.model) * part
         self._watch = to_be_watched(train.cuda_graph, flops, train.precision)
-        # whether steps go around DeepSpeed's engine, which cannot be recorded
-        self._around = (
-            (self.stage == 1 and self._reduces)
-            and (train.cuda_graph == "on" or not train.deepspeed_config)
-            and wants_graph(train.cuda_graph, device, self.optimizer, flops, train.precision)
-        )
+        # whether steps go around DeepSpeed's engine, which cannot be recorded: on all ranks or on none
+        self._around = self.stage == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
         if self._around:
-            self._shards.keep()  # a recording may leave no more than it needs itself
+            wanted = wants_graph(train.cuda_graph, device, self.optimizer, flops, train.precision)
+            self._around = not self.any(not wanted)
+        self._settled = False  # all ranks know whether all replay
 
     # --- a step -------------------------------------------------------------------------------------------------
 
@@ -205,14 +203,20 @@ class DeepSpeedEngine:
                 undo=self._forget,
                 careful=self._train.cuda_graph == "auto",
                 watch=self._watch,
+                before=self._shards.keep,
+                beside=self._shards.kept_bytes,
             )
         values, *gradients = self._graphed(step, parts)
         for p, gradient in zip(self._graded, gradients, strict=True):  # of a replay: in the recording's memory
             p.grad = gradient
         norm = self.step(lr, limit)
-        if self._graphed.refused:
-            self._graphed, self._around = None, False
-            self._shards.keep(False)
+        if not self._settled and (self._graphed.replays or self._graphed.refused):  # at the same step on all ranks
+            self._settled = True
+            if self.any(self._graphed.refused):
+                if self._graphed.replays:
+                    _log.info("steps are not recorded: those of another rank are not")
+                self._graphed, self._around = None, False
+                self._shards.keep(False)
         return values, norm
 
     def _gradients(self, compute: Compute, step: int | Tensor, parts: Sequence[Part]) -> tuple[Tensor, ...]:

@@ -87,6 +87,12 @@ class Shards:
         """ZeRO 1: take the memory of a reduction now, for good, or give it back."""
         self._kept = [self._room(group) for group in range(len(self._shards))] if kept else []
 
+    @property
+    def kept_bytes(self) -> int:
+        """What ``keep`` takes."""
+        numbers = sum(self._flat(group).numel() for group in range(len(self._shards)))
+        return 4 * numbers if self._world == 1 else 4 * numbers + 4 * numbers // self._world
+
     def _room(self, group: int) -> tuple[Tensor, Tensor]:
         whole = torch.empty_like(self._flat(group), dtype=torch.float32)
         return whole, whole if self._world == 1 else whole.new_empty(whole.numel() // self._world)

@@ -131,6 +131,7 @@ class GraphedStep:
     It is not recorded where a recording runs out of memory; ``undo`` is called then, and must take back what the host
     remembers of a call that ended half way (gradients).  With ``careful`` it is not even tried unless
     ``measured_memory`` is enough, with ``watch`` unless launching the last step before took nearly all of its time.
+    ``before`` is called before it is recorded, to take ``beside`` bytes that a recording must leave.
     """
 
     def __init__(
@@ -140,9 +141,12 @@ class GraphedStep:
         undo: Callable[[], None] = lambda: None,
         careful: bool = False,
         watch: bool = False,
+        before: Callable[[], None] = lambda: None,
+        beside: int = 0,
     ):
         self._function, self._device, self._undo = function, device, undo
         self._careful, self._watch = careful, watch
+        self._before, self._beside = before, beside
         self._calls = 0
         self._hidden = 1.0  # the share of the step that was watched in which all had been launched
         self.refused = False  # steps go on as they are: there is no use in this object any more
@@ -182,6 +186,7 @@ class GraphedStep:
             return None
         if self._careful:
             memory = self._memory()
+            memory = memory._replace(needed=memory.needed + self._beside)
             said = f"a step needs up to {memory.needed / 2**30:.1f} GiB, {memory.free / 2**30:.1f} GiB are free"
             if not memory.enough:
                 _log.info("steps are not recorded: %s (train.cuda_graph=on records all the same)", said)
@@ -189,7 +194,7 @@ class GraphedStep:
             _log.info("steps are recorded as a CUDA graph: %s", said)
         fixed = [[None if value is None else value.clone() for value in part] for part in parts]
         self._parts = [Part(*values) for values in fixed]  # type: ignore[arg-type]
-        replay = unless_out_of_memory(lambda: self._record(lambda: self._function(self._step, self._parts)))
+        replay = unless_out_of_memory(self._make)
         if replay is not None:
             return replay
         self._parts = []
@@ -197,6 +202,10 @@ class GraphedStep:
         self._release()
         _log.warning("steps are not recorded: a recording ran out of memory (train.cuda_graph=off does not try)")
         return None
+
+    def _make(self) -> Callable[[], tuple[Tensor, ...]]:
+        self._before()
+        return self._record(lambda: self._function(self._step, self._parts))
 
     def _wait(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()  # other streams' work (a loader's) is not a step's

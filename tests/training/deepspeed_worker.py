@@ -2,8 +2,8 @@
 
 Usage: deepspeed_worker.py JOBS.json RESULTS_PREFIX.  A job is {"out", "config": sections, "event": name,
 "bucket": of ZeRO 2}; a result is {"resumed_from", "messages", "seconds", "waits", "warnings", "kinds", "shards",
-"backends", "recorded": how often, "replays", "nodes"}, {"error", "code"}, {"code"} or {"other": code}, a file for each
-rank.
+"backends", "recorded": how often, "replays", "wanted": what was asked about recording, "nodes"}, {"error", "code"},
+{"code"} or {"other": code}, a file for each rank.
 """
 
 import errno
@@ -27,7 +27,7 @@ from fastasync.distributed import OtherRankFailed, session
 from fastasync.errors import UserError
 from fastasync.model.dit import LightningDiT
 from fastasync.model.linears import BlockLinear
-from fastasync.training import deepspeed_engine, deepspeed_shards
+from fastasync.training import deepspeed_engine, deepspeed_shards, graph
 from fastasync.training.interrupt import Interrupted
 
 torch.set_num_threads(1)
@@ -82,18 +82,37 @@ def ranks_that_measure_differently(possible):
         yield
 
 
+RECORDING = {  # event: what rank 1 has that rank 0 does not
+    "recorded": "nothing",
+    "full memory": "no room for a recording",
+    "little memory": "room for a step and a quarter, and not for a reduction's memory besides",
+    "busy device": "a step that launches do not bind (both are watched)",
+    "no library": "an optimizer that cannot be recorded",
+}
+
+
 @contextmanager
-def recorded_steps(full):
-    """Steps of DeepSpeed's engine from fixed memory; ``full``: for which there is no room on rank 1."""
-    pretend = graph_kit.Replayed
+def recorded_steps(event):
+    """Steps of DeepSpeed's engine from fixed memory."""
+    pretend, other, wanted = graph_kit.Replayed, session().rank == 1, []
+
+    def wants(choice, device, optimizer, part_flops, precision):
+        wanted.append([choice, part_flops, precision])
+        return not (event == "no library" and other)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretend, "recorded", 0)
         patch.setattr(deepspeed_engine, "GraphedStep", pretend)
-        patch.setattr(deepspeed_engine, "wants_graph", lambda *_: True)
-        if full and session().rank == 1:
+        patch.setattr(deepspeed_engine, "wants_graph", wants)
+        if event == "full memory" and other:
             patch.setattr(pretend, "room", False)
+        if event == "little memory" and other:
+            patch.setattr(pretend, "memory", graph.Memory(2**20, 5 * 2**18))
+        if event == "busy device":
+            patch.setattr(deepspeed_engine, "to_be_watched", lambda *_: True)
+            patch.setattr(graph, "watched", lambda run, wait: (run(), 0.5 if other else 0.0))
         yield
-        _layout["recorded"] = pretend.recorded
+        _layout["recorded"], _layout["wanted"] = pretend.recorded, wanted
 
 
 _bucket = deepspeed_shards.BUCKET
@@ -167,8 +186,8 @@ def run(job):
     began = time.perf_counter()
     differently = job.get("event") in ("differently", "impossibly")
     measured = ranks_that_measure_differently(job["event"] == "differently") if differently else nullcontext()
-    if job.get("event") in ("recorded", "full memory"):
-        measured = recorded_steps(job["event"] == "full memory")
+    if job.get("event") in RECORDING:
+        measured = recorded_steps(job["event"])
     try:
         with measured:
             done = tiny_run.run(tiny_run.tiny(**job["config"]), Path(job["out"]), data, say=lambda line: None)

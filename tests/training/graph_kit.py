@@ -36,6 +36,7 @@ class Replayed(Pretend):
     """Of a function that changes nothing: a replay fills the recording's tensors, and the host has seen no gradient."""
 
     room = True
+    memory = Memory(2**20, 2**21)
 
     def _record(self, run):
         super()._record(run)

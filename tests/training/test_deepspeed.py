@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fastasync.errors import UserError
-from fastasync.training import checkpoint
+from fastasync.model import train_flops
+from fastasync.training import build_model, checkpoint
 from tests.training.deepspeed_kit import (
     REPOSITORY,
     assert_same,
@@ -56,11 +57,15 @@ STAGES = {  # name: changed fields of train, and DeepSpeed's JSON
         {"zero_optimization": {"overlap_comm": False}},
     ),
 }
-RECORDED = {  # name: of which stage, and the event
-    "zero1-recorded": ("zero1", "recorded"),
-    "zero1-bf16-recorded": ("zero1-bf16-undivided", "recorded"),
-    "zero1-auto": ("zero1", "recorded"),
-    "zero1-full": ("zero1", "full memory"),
+RECORDED = {  # name: of which stage, the event on rank 1, and how often each rank records
+    "zero1-recorded": ("zero1", "recorded", [1, 1]),
+    "zero1-bf16-recorded": ("zero1-bf16-undivided", "recorded", [1, 1]),
+    "zero1-full": ("zero1", "full memory", [1, 1]),
+    "zero1-auto": ("zero1", "recorded", [1, 1]),
+    "zero1-auto-little": ("zero1", "little memory", [1, 0]),
+    "zero1-auto-busy": ("zero1", "busy device", [1, 0]),
+    "zero1-auto-unable": ("zero1", "no library", [0, 0]),
+    "zero2-auto": ("zero2", "recorded", [0, 0]),
 }
 RESUMED = ("zero1", "zero2", "zero3-sharded", "zero2-bf16-undivided")  # those of them that are stopped on the way too
 
@@ -98,7 +103,7 @@ def runs(tmp_path_factory):
         for steps, zero in ((5, 2), (7, 1), (9, 3), (10, 0)):
             fields = train_fields(steps=steps, zero=zero)
             jobs.append(dict(name=f"parts {steps}", out=folder / "parts", config=fields))
-        for name, (of, event) in RECORDED.items():
+        for name, (of, event, _) in RECORDED.items():
             # DeepSpeed's timers, which are not for who goes around it, must not be left running
             (folder / f"{name}.json").write_text(json.dumps({"wall_clock_breakdown": True}))
             graph = dict(cuda_graph="on", deepspeed_config=str(folder / f"{name}.json"))
@@ -136,12 +141,13 @@ def test_every_stage_equals_one_process(runs, name):
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_steps_around_deepspeeds_engine_are_the_same_numbers(runs, name):
-    """On one rank that has no room the rest of the run is DeepSpeed's again.  Of divided batches DeepSpeed's engine
-    scales the output's gradient as it passes, whose layout, and the order of a bias's sum, are others then.
+    """Where one rank does not record, the rest of the run is DeepSpeed's again on both.  Of divided batches DeepSpeed's
+    engine scales the output's gradient as it passes, whose layout, and the order of a bias's sum, are others then.
     """
     folder, results = runs
-    assert [result["recorded"] for result in results[name]] == [1, 1]  # tried once
-    assert [result["replays"] for result in results[name]] == [True, "full" not in name]
+    assert [result["recorded"] for result in results[name]] == RECORDED[name][2]
+    replay = RECORDED[name][1:] == ("recorded", [1, 1])
+    assert [result["replays"] for result in results[name]] == [replay, replay]
     allowed = dict(rtol=0, atol=0) if "bf16" in name else dict(rtol=1e-6, atol=1e-8)
     assert_same(folder / name, folder / RECORDED[name][0], **allowed)
     assert torch.equal(curve(folder / name), curve(folder / RECORDED[name][0]))
@@ -152,6 +158,16 @@ def test_no_node_of_autograd_outlives_a_step(runs, name):
     """It would stay bound to the stream that it was made on, which a recording must not touch."""
     _, results = runs
     assert [result["nodes"] for result in results[name]] == [0, 0]
+
+
+def test_what_decides_whether_steps_are_recorded(runs):
+    """The FLOPs of a rank's part of the batch, for ZeRO 1 alone."""
+    _, results = runs
+    (((choice, flops, precision),),) = {tuple(map(tuple, result["wanted"])) for result in results["zero1-auto"]}
+    config = load_tiny_run().tiny(**train_fields(**STAGES["zero1"][0]))
+    assert (choice, precision) == ("auto", config.train.precision)
+    assert flops == train_flops(build_model(config)) * config.train.batch // (2 * config.train.accumulate)
+    assert [result["wanted"] for result in results["zero2-auto"]] == [[], []]
 
 
 def test_auto_leaves_steps_to_deepspeed_where_its_settings_are_given(runs):
