@@ -33,8 +33,8 @@ _CIFAR10: dict[str, dict[str, Any]] = {
     "schedule": dict(baselines=["synchronous", "offset:0.3", "power:2"]),
     "model": dict(depth=8, width=256, heads=8, mlp_multiple=64, classes=10),
     "train": dict(steps=10000, batch=256, lr=4e-4, warmup=500, ema=0.999, clip=1.0, checkpoint_every=2000),
-    # four times what the study's quarter probe costs is not shown to choose better; less (its 755 steps) was not tried, and
-    # for much less C cannot compare (PROTOCOL.md)
+    # as the study's quarter probe (755 steps): four times as much is not shown to choose better, less was not tried,
+    # and for much less C cannot compare (PROTOCOL.md)
     "probe": dict(depth=4, width=128, heads=4, batch=256, lr=1e-3, budget=0.025),
     "sample": dict(count=50000, batch=2500, integrator="heun_euler", last_step=0.2, steps=[9, 25]),
     "evaluate": dict(features="inception", metrics=["fid", "kid"]),
