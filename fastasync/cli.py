@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # CPU threads that spin for long while they wait stall everything on a machine that does something else too
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
+    if not sys.stderr.isatty():  # a file keeps every state of a bar; read when tqdm is imported
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     argv = sys.argv[1:] if argv is None else list(argv)
     while argv and argv[0].startswith(("--local_rank=", "--local-rank=")):  # of `deepspeed --module fastasync COMMAND`
         del argv[0]
@@ -215,11 +217,16 @@ def _stage(arguments: argparse.Namespace) -> int:
             "--preset", "(not given)", f"{out} holds no run: give a preset (`fastasync presets` lists them)"
         )
     config = apply_settings(config, _settings(arguments))
+    if arguments.data is not None and config.data.dataset == "digits":
+        raise UserError("--data", arguments.data, "data.dataset=digits reads no folder: add --set data.dataset=latents")
 
     from fastasync import stages
     from fastasync.training import check_engine, checkpoint
+    from fastasync.training.engine import split_positions
 
     if arguments.dry_run:
+        stages.check_schedules(Run(out, config))
+        split_positions(config.train.batch, 1, 0, config.train.accumulate)
         print(config.to_yaml())
         for name, value in stages.summary(config).items():
             print(f"{name}: {_readable(value)}")

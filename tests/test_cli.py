@@ -185,7 +185,22 @@ def test_data_is_short_for_its_root(tmp_path, capsys):
     refused(capsys, missing, str(tmp_path / "none"), "no such folder")
     both = [*missing, "--set", "data.root=elsewhere"]
     refused(capsys, both, f"--data: {tmp_path / 'none'}: --set data.root=elsewhere says it too: give one of them")
+    digits = ["train", "--preset", "digits", "--out", tmp_path / "x", "--data", tmp_path, "--dry-run"]
+    refused(capsys, digits, f"--data: {tmp_path}: data.dataset=digits reads no folder: add --set data.dataset=latents")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["schedule.name=ofset:0.3"], "schedule: ofset:0.3: use one of"),
+        (["schedule.baselines=ofset:0.3"], "schedule: ofset:0.3: use one of"),
+        (["train.batch=100", "train.accumulate=3"], "train.batch: 100: must divide into 1 ranks"),
+    ],
+)
+def test_a_dry_run_refuses_what_needs_no_data_to_be_refused(tmp_path, capsys, settings, said):
+    changes = [word for setting in settings for word in ("--set", setting)]
+    refused(capsys, ["run", "--preset", "imagenet256-xl", "--out", tmp_path / "x", "--dry-run", *changes], said)
 
 
 def test_a_run_that_was_begun_keeps_what_its_preset_sets_since(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,12 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from fastasync.report.style import COLOURS, below, colour, settings, text
 
 Series = Mapping[str, Mapping[int, Sequence[float]]]  # label -> x -> values of the seeds
+
+
+def sampler_title(name: str) -> str:
+    """``heun_euler17@0.2`` -> ``17 evaluations, heun_euler``; other names as they are."""
+    found = re.fullmatch(r"(heun|euler|heun_euler)(\d+)(?:@[\d.]+)?", name)
+    return f"{found[2]} evaluations, {found[1]}" if found else name
 
 
 def seed_points(
@@ -37,7 +44,7 @@ def seed_points(
             axes.set_yticks(range(len(labels)), [text(label) for label in labels], fontsize=8)
             axes.invert_yaxis()
             axes.set_xlabel("FID (lower is better)")
-            axes.set_title(sampler)
+            axes.set_title(sampler_title(sampler))
     return figure
 
 

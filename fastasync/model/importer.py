@@ -72,7 +72,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # the unpickler meets arbitrary bytes here, and may raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
         remedy = "truncated, or not a checkpoint of tensors only; download or save it again"
         raise UserError("checkpoint", str(path), f"{remedy} ({reason[:120]})") from error
     if not isinstance(content, Mapping):

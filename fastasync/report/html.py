@@ -361,7 +361,7 @@ def _probe(record: Record) -> Markup:
         rows = [[name, f"{budget['flops'].get(name, 0.0):.3g}", _number(seconds.get(name, 0.0))] for name in purposes]
         parts += [_tag("h3", "Where its compute went"), _grid(["purpose", "FLOPs", "seconds"], rows)]
     if probe.sweep:
-        title = "The starts" if probe.estimator == "A" else "Sweep over β"
+        title = {"A": "The starts", "B": "Sweep over β"}.get(probe.estimator, "What B would choose: its sweep over β")
         parts += [_tag("h3", title), _table_of(probe.sweep)]
     if probe.candidates:
         parts += [_tag("h3", "Candidates"), _candidates(probe.candidates, found)]

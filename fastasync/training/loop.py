@@ -144,9 +144,7 @@ def train(
         if engine.is_main:
             log = stack.enter_context(MetricsLog(out, step, project=settings.wandb, facts=config.to_dict()))
         hidden = not (progress and engine.is_main)
-        bar = stack.enter_context(
-            tqdm(total=settings.steps, initial=step, unit="step", disable=hidden, mininterval=1.0)
-        )
+        bar = stack.enter_context(tqdm(total=settings.steps, initial=step, unit="step", disable=hidden))
         stop = stack.enter_context(StopSignal(engine.world > 1, stuck))
         watchdog = stack.enter_context(Watchdog(settings.stall_minutes, show, engine.rank))
         places = [(where, where.to(device)) for where in engine.positions()]

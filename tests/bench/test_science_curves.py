@@ -7,6 +7,7 @@ import pytest
 from bench.science import transfer
 from bench.science.compare import of_shared_seeds
 from bench.science.plan import Ledger
+from bench.science.plots import sampler_title
 from bench.science.specs import STUDIES, Spec
 
 STUDY = replace(STUDIES["digits"], longer=2)
@@ -37,3 +38,8 @@ def test_a_run_that_was_not_measured_far_enough_says_nothing(tmp_path):
         values = {**vars(Spec(schedule, seed)), "step": step, "status": "done", f"fid_{sampler}": fid}
         ledger.runs.put(values)
     assert transfer._saved(ledger, "C", "synchronous", twice) == [pytest.approx(1.0), None]
+
+
+def test_what_a_panel_is_called():
+    names = ("heun_euler17@0.2", "heun10", "dopri5")
+    assert [sampler_title(name) for name in names] == ["17 evaluations, heun_euler", "10 evaluations, heun", "dopri5"]
