@@ -55,7 +55,7 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
     """Write ``{'ema': state_dict}`` in the published layout from a checkpoint or a run; returns ``out``.
 
     The entry is called ``ema`` for raw weights too, since that is what the peers' code loads.
-    Of a run the newest complete checkpoint; what is skipped is said on stderr.
+    Of a run the newest complete checkpoint; which one, and what is skipped, is said on stderr.
     Raises UserError when the checkpoint is not complete or the file cannot be written.
     """
     if out.is_dir():
@@ -66,6 +66,7 @@ def export(source: Path, out: Path, ema: bool = True) -> Path:
     # a stream: given a path, torch reports what the system refuses as a RuntimeError
     with atomic_path(out) as partial, open(partial, "wb") as stream:
         torch.save(export_state(loaded.model), stream)
+    print(f"{'EMA' if ema else 'raw'} weights of step {loaded.info.step:,}", file=sys.stderr)
     return out
 
 

@@ -47,7 +47,9 @@ def test_export_loads_strictly(tmp_path, tiny, run, weights, capsys):
     run(config, tmp_path / "run")
     args = command(["convert", tmp_path / "run", tmp_path / "out.pt", "--weights", weights])
     assert tools.convert_command(args) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "out.pt")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "out.pt")
+    assert said.err.strip() == f"{'EMA' if weights == 'ema' else 'raw'} weights of step {config.train.steps}"
     content = torch.load(tmp_path / "out.pt", weights_only=True)
     assert list(content) == ["ema"]
     model = build_model(config)
