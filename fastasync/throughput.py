@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastasync.config import Config, Train
-from fastasync.training.graph import LAUNCH_BOUND, MAYBE_BOUND, launch_bound
+from fastasync.training.graph import LAUNCH_BOUND, MAYBE_BOUND, launch_bound, ranks_may_record
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"  # of a checkout; an installed package has none
 COMMAND = "make bench SUBJECT=step"
@@ -125,10 +125,8 @@ def choose_step(config: Config, flops: int, rows: Sequence[Measured], gpus: int 
 
 
 def _may_record(train: Train, gpus: int) -> bool:
-    """Whether steps are recorded where ``train.cuda_graph`` asks for it: those of several ranks under ZeRO 1, by
-    ``auto`` only without settings of DeepSpeed's."""
-    ours = train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
-    return train.optimizer in ("auto", "fused") and (gpus == 1 or ours)
+    """Whether steps are recorded where ``train.cuda_graph`` asks for it."""
+    return train.optimizer in ("auto", "fused") and (gpus == 1 or ranks_may_record(train))
 
 
 def choose_ranks(config: Config, flops: int, rows: Sequence[Measured], gpus: int) -> Measured | None:

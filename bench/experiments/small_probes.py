@@ -8,7 +8,6 @@ line in ``small_probes.csv`` beside the study's rows, with what the probe cost o
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from pathlib import Path
 from bench.harness import commit
 from bench.science.runner import Workshop
 from bench.science.specs import STUDIES
+from bench.science.table import Table
 from fastasync.errors import UserError
 
 BUDGETS = (0.1, 0.025, 0.01, 0.005, 0.0025)
@@ -36,33 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = replace(STUDIES[preset], probes={str(each): (f"probe.budget={each}",) for each in arguments.budgets})
     out = arguments.out or ROOT / "bench" / "science" / "results" / preset
     workshop = Workshop(study, out, arguments.work or ROOT / "runs" / f"science-{preset}")
-    path = out / "small_probes.csv"
-    out.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if path.exists():
-        with path.open() as stream:
-            done = {(row["budget"], row["seed"]) for row in csv.DictReader(stream)}
+    table = Table(out / "small_probes.csv", COLUMNS, 2)
     workshop.inputs("pair")  # no probe's seconds
-    for seed, budget in ((seed, budget) for seed in arguments.seeds for budget in map(str, arguments.budgets)):
-        if (budget, str(seed)) in done:
+    for seed, budget in ((seed, budget) for seed in arguments.seeds for budget in arguments.budgets):
+        if table.get(budget, seed):
             continue
         row = {"budget": budget, "seed": seed, "hardware": workshop.hardware, "commit": commit()}
         row["date"] = time.strftime("%Y-%m-%d %H:%M:%S")
         start = time.monotonic()
         try:
-            found = workshop.probe("D", budget, seed)
+            found = workshop.probe("D", str(budget), seed)
         except UserError as error:  # a budget that pays for too few steps is a result
             row["error"] = str(error)
         else:
             spent, facts = found.budget, found.diagnostics
-            row |= {"chosen": facts["label"], "lead": f"{facts['chosen']['lead']:.3f}"}
-            row["share"] = f"{spent['spent_flops'] * float(budget) / spent['limit_flops']:.5f}"
-        row["seconds"] = f"{time.monotonic() - start:.1f}"
-        with path.open("a", newline="") as stream:
-            rows = csv.DictWriter(stream, COLUMNS)
-            if not stream.tell():
-                rows.writeheader()
-            rows.writerow(row)
+            row |= {"chosen": facts["label"], "lead": facts["chosen"]["lead"]}
+            row["share"] = budget * spent["spent_flops"] / spent["limit_flops"]
+        row["seconds"] = round(time.monotonic() - start, 1)
+        table.put(row)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return 0
 

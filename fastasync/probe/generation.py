@@ -346,7 +346,7 @@ def search(
             distance = frechet_distance(gaussian_statistics(torch.cat(candidate.features)), scorer.reference)
             score = gentle_score(distance, candidate.kinetic, energy)
             candidate.history.append({"samples": candidate.count, "distance": distance, "score": score})
-            bar.set_postfix(distance=f"{distance:.3f}")
+            bar.set_postfix(distance=f"{distance:.3f}", refresh=False)
 
         everyone = [_Candidate(name, schedule) for name, schedule in pool]
         alive = everyone

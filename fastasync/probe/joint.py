@@ -222,7 +222,7 @@ def learn_jointly(
         if step % 20 == 0 or step == steps - 1:
             value = float(loss.detach())
             check_finite(value, step)
-            bar.set_postfix(loss=f"{value:.3f}")
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
         # 2. the schedules, through the network as it is now
         if step < warmup:
             continue

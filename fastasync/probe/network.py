@@ -302,7 +302,7 @@ def train_surface_probe(
         if step % 20 == 0 or step == steps - 1:
             value = float(loss)
             check_finite(value, step)
-            bar.set_postfix(loss=f"{value:.3f}")
+            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
         if states is not None:
             states.save(trainer.state, step + 1)
     trainer.finish()

@@ -178,7 +178,7 @@ def train_classifier(
             schedule.step()
             if step % 50 == 0 or step == settings.steps - 1:  # reading the loss waits for the device
                 value = float(loss.detach())
-                bar.set_postfix(loss=f"{value:.3f}")
+                bar.set_postfix(loss=f"{value:.3f}", refresh=False)
                 if not math.isfinite(value):
                     raise UserError(f"{title}: loss", value, "lower its learning rate")
     return model.requires_grad_(False).eval()

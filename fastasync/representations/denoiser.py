@@ -113,7 +113,7 @@ def train_denoiser(
                 errors += torch.stack([loss.detach(), (noisy - x).square().mean()])
             if step % 50 == 0 or step == settings.steps - 1:  # reading the loss waits for the device
                 value = float(loss.detach())
-                bar.set_postfix(mse=f"{value:.2e}")
+                bar.set_postfix(mse=f"{value:.2e}", refresh=False)
                 if not math.isfinite(value):
                     raise UserError("denoiser: loss", value, "lower its learning rate")
     model.requires_grad_(False).eval()

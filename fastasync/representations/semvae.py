@@ -164,7 +164,7 @@ def train_semvae(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == settings.steps - 1:
-            bar.set_postfix(mse=f"{float(mse.detach()):.4f}", cosine=f"{float(cosine.detach()):.4f}")
+            bar.set_postfix(mse=f"{float(mse.detach()):.4f}", cosine=f"{float(cosine.detach()):.4f}", refresh=False)
             if not torch.isfinite(loss):
                 raise UserError("SemVAE: loss", float(loss.detach()), "lower its learning rate")
     return vae.requires_grad_(False).eval()

@@ -341,7 +341,7 @@ class _Run:
             saving = last or stopping or self.step % t.save_every == 0
             if self.step % t.log_every == 0 or evaluating:
                 record = self._means()
-                bar.set_postfix(mse=f"{record['mse']:.4f}", cosine=f"{record['cosine']:.4f}")
+                bar.set_postfix(mse=f"{record['mse']:.4f}", cosine=f"{record['cosine']:.4f}", refresh=False)
                 record["images_per_s"] = done / max(time.perf_counter() - start, 1e-9)
                 if evaluating:
                     quality = here.from_main(self.evaluate)

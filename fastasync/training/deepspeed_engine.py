@@ -58,7 +58,7 @@ from fastasync.training.engine import (
     compile_in_place,
     split_positions,
 )
-from fastasync.training.graph import GraphedStep, Part, to_be_watched, wants_graph
+from fastasync.training.graph import GraphedStep, Part, ranks_may_record, to_be_watched, wants_graph
 
 T = TypeVar("T")
 OLDEST = "0.19.7"  # of DeepSpeed: the first that can leave the gradients' norm to us
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
         flops = train_flops(self.model) * part
         self._watch = to_be_watched(train.cuda_graph, flops, train.precision)
         # whether steps go around DeepSpeed's engine, which cannot be recorded: on all ranks or on none
-        self._around = self.stage == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
+        self._around = ranks_may_record(train)
         if self._around:
             wanted = wants_graph(train.cuda_graph, device, self.optimizer, flops, train.precision)
             self._around = not self.any(not wanted)

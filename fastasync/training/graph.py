@@ -24,6 +24,7 @@ import torch
 from fastasync_kernels._timing import out_of_memory
 from torch import Tensor
 
+from fastasync.config import Train
 from fastasync.errors import UserError
 from fastasync.optim import EmaInterface, FusedAdamW, library
 
@@ -67,6 +68,12 @@ def wants_graph(choice: str, device: torch.device, optimizer: EmaInterface, part
     if choice == "on" and not possible:
         raise UserError("train.cuda_graph", choice, _NEEDS)
     return possible and (launch_bound(choice, part_flops, MAYBE_BOUND) or (choice == "auto" and precision == "fp8"))
+
+
+def ranks_may_record(train: Train) -> bool:
+    """Whether steps of several ranks may be recorded where ``wants_graph``: ZeRO 1's, by ``auto`` only without settings
+    of DeepSpeed's, which may ask for what only its engine does."""
+    return train.zero == 1 and (train.cuda_graph == "on" or not train.deepspeed_config)
 
 
 def check_recording(choice: str, device: torch.device, optimizer: str) -> None:

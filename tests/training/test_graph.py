@@ -424,6 +424,22 @@ def test_recorded_passes_are_the_same_on_the_gpu(precision):
 
 
 @pytest.mark.gpu
+def test_a_watched_pass_of_launches_is_recorded_on_the_gpu():
+    """So many that it is bound by them on a device that others use too."""
+
+    def call(x, tau, y):
+        for _ in range(2000):  # some 4 us each on the host, 2 on the device
+            x = x + 1
+        return x
+
+    graphed = GraphedForward(call, torch.device("cuda"), watch=True)
+    arguments = torch.ones(2, device="cuda"), torch.ones(2, device="cuda"), torch.arange(2, device="cuda")
+    found = [graphed(*arguments) for _ in range(WARM_UP + 2)]
+    assert graphed._replay is not None
+    assert all(float(each.sum()) == 2 * 2001 for each in found)
+
+
+@pytest.mark.gpu
 def test_a_pass_that_hides_its_launches_is_not_recorded_on_the_gpu():
     large = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
